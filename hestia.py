@@ -1,0 +1,999 @@
+r"""HESTIA in one file: ternary weights by a softmax that cools down, guided by the Hessian.
+
+The paper is "HESTIA: A Hessian-Guided Differentiable Quantization-Aware Training Framework for Extremely
+Low-Bit LLMs", arXiv 2601.20745. Read it on the left and this file on the right, top to bottom: sections
+stand in the paper's order, and every equation can be found by searching for "Eq. (n)".
+
+The method in five lines. Ternary weights are gamma * {-1, 0, +1}. Rounding to them has zero derivative almost
+everywhere, and the usual remedy, the straight-through estimator (STE), pretends that it is one. HESTIA instead
+replaces each weight by the mean of the three codes under a softmax over their distances, at a temperature tau:
+a smooth function with a true derivative. Over training tau falls to zero and the function hardens into rounding;
+tensors with a large Hessian trace stay warm for longer.
+
+    paper        here                 shape, unit
+    W, w         w                    any shape; latent weights, float32 in training
+    gamma        gamma, scale         (n_groups, 1); one scale per group of weights, or one per tensor
+    Q = {-1,0,1} codebook             K codes, in units of gamma
+    Q(w)         quantize(w)          w's shape; gamma times the nearest code
+    z = w/gamma  z                    (n_groups, g); dimensionless
+    tau          tau                  float; dimensionless, because it divides a squared distance in units of gamma
+    pi_tau(q|w)  assignment_probs     (*w.shape, K)
+    H(w; tau)    soft_quantize        w's shape
+    p_t, rho     pressure, rho        the share of H in the effective weight; the share of training in which it grows
+    h_i, s_i     traces, scores       {tensor's name: float}; trace of the Hessian's block; its place in (0, 1)
+
+    Eq. 1  absmean_scale      Eq. 7  assignment_probs        Eq. 12     hutchpp, hessian_traces
+    Eq. 2  quantize           Eq. 8  soft_quantize           Eq. 13     sensitivity_scores
+    Eq. 3  evaluate (hard)    Eq. 9  effective_weight        Eq. 14     base_temperature
+    Eq. 4  quantize_ste       Eq. 10 pressure                Eq. 15     temperature
+    Eq. 5  _nearest           Eq. 11 train (its loss)        Eq. 16-17  _softmax_moments
+    Eq. 6  dead_zone          Alg. 1 Hestia, train           Eq. 18-19  soft_quantize_jacobian, _SoftQuantize
+    Eq. 20 (Lemma 4.2) and the steps of Appendix A, Eq. 21-36, are assertions in test_hestia.py.
+
+Where the paper leaves something open, this file decides as follows (README has the list with reasons): gamma is
+detached and epsilon is added; a tie |z| = 1/2 goes to code 0; Eq. 12 gets the 1/m that it lacks; the Hessian is that
+of the ordinary loss at the full-precision weights; traces that are not positive are floored, never made absolute.
+
+Contents: 3.1 quantization | 3.2 softmax kernel | 3.3 sensitivity and schedules | Algorithm 1 | Llama | the loop
+"""
+
+import contextlib
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+TERNARY = (-1.0, 0.0, 1.0)  # codes in units of gamma: the paper's set Q
+BINARY = (-1.0, 1.0)
+TWO_BIT = (-1.5, -0.5, 0.5, 1.5)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.1 Problem definition: scale, hard quantizer, straight-through estimator, dead zone
+
+
+def _groups(w, group_size):
+    """View w as rows that share one scale: (n_groups, g), or (1, w.numel()) for one scale per tensor."""
+    if group_size is None:
+        return w.reshape(1, w.numel())
+    width = w.shape[-1] if w.dim() else 1
+    if not isinstance(group_size, int) or group_size < 1 or width % group_size:
+        fits = next((g for g in range(min(int(group_size), width), 0, -1) if width % g == 0), 1)
+        raise ValueError(f"group size {group_size} does not divide the input dimension {width}; {fits} would")
+    return w.reshape(w.numel() // group_size, group_size)
+
+
+def _at_least_float32(w):
+    return w.to(torch.promote_types(w.dtype, torch.float32))  # float16 would lose epsilon, bf16 would lose codes
+
+
+def _narrow(x, dtype):
+    """Back to w's dtype. float16 ends at 65504, below what a Jacobian at small tau needs: saturate, not overflow."""
+    if dtype == torch.float16:
+        x = x.clamp(torch.finfo(dtype).min, torch.finfo(dtype).max)
+    return x.to(dtype)
+
+
+def absmean_scale(w, group_size=None, eps=1e-8):
+    """Eq. (1): gamma = mean|w| + epsilon, the unit in which codes and temperatures are measured.
+
+    w: any shape. Returns gamma of shape (n_groups, 1), detached (the paper holds it constant in the backward
+    pass), at least float32. group_size=None: one scale for the tensor; g: one for each g consecutive weights of
+    the last dimension. A g that does not divide that dimension is a ValueError.
+
+    >>> w = torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9])
+    >>> absmean_scale(w)
+    tensor([[0.5833]])
+    >>> absmean_scale(w, group_size=3)
+    tensor([[0.7000],
+            [0.4667]])
+    """
+    z = _groups(_at_least_float32(w.detach()), group_size)  # (n_groups, g)
+    return z.abs().sum(1, keepdim=True) / max(1, z.shape[1]) + eps  # (n_groups, 1)
+
+
+def _normalize(w, group_size, scale):
+    """z = w / gamma, shape (n_groups, g), and gamma, shape (n_groups, 1)."""
+    gamma = absmean_scale(w, group_size) if scale is None else _at_least_float32(scale.detach())
+    z = _groups(_at_least_float32(w), group_size)
+    if gamma.shape != (z.shape[0], 1):
+        raise ValueError(f"scale has shape {tuple(gamma.shape)}; expected one row per group, {(z.shape[0], 1)}")
+    return z / gamma, gamma
+
+
+def _nearest(z, codebook):
+    """The code nearest to z. Its jumps are the boundaries of Eq. (5), halfway between codes: +-1/2 for TERNARY."""
+    if tuple(codebook) == TERNARY:
+        return z.round().clamp(-1, 1)  # Clip(Round(z), -1, 1); round is half-to-even, so the tie |z| = 1/2 gives 0
+    code = torch.full_like(z, codebook[0])
+    for low, high in zip(codebook, codebook[1:]):
+        code = torch.where(z >= (low + high) / 2, high, code)  # ties go up
+    return code
+
+
+def quantize(w, group_size=None, codebook=TERNARY, scale=None):
+    """Eq. (2): Q(w) = gamma * Clip(Round(w / gamma), -1, +1), or gamma times the nearest code of another codebook.
+
+    Returns dequantized weights, w's shape and dtype. scale: gamma (n_groups, 1), held instead of computed.
+
+    >>> quantize(torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]))
+    tensor([-0.5833, -0.5833, -0.5833,  0.0000,  0.5833,  0.5833])
+    """
+    z, gamma = _normalize(w, group_size, scale)
+    return _narrow(gamma * _nearest(z, codebook), w.dtype).view_as(w)
+
+
+def quantize_ste(w, group_size=None, codebook=TERNARY, scale=None):
+    """Eq. (4): the value of Q(w) with the gradient of w, the straight-through estimator.
+
+    >>> w = torch.tensor([-1.2, 0.1, 0.4], requires_grad=True)
+    >>> quantize_ste(w).sum().backward()
+    >>> w.grad
+    tensor([1., 1., 1.])
+    """
+    return quantize(w.detach(), group_size, codebook, scale) + (w - w.detach())  # w - w.detach() is exactly 0
+
+
+def dead_zone(w, dw, group_size=None, codebook=TERNARY, scale=None):
+    """Eq. (6): True where the update dw changes no code, Q(w + dw) = Q(w), with gamma that of w. Bool, w's shape.
+
+    >>> dead_zone(torch.tensor([-1.0, 0.25, 0.25]), torch.tensor([0.1, 0.1, -0.1]))
+    tensor([ True, False,  True])
+    """
+    z, gamma = _normalize(w, group_size, scale)
+    moved, _ = _normalize(w + dw, group_size, gamma)
+    return (_nearest(z, codebook) == _nearest(moved, codebook)).view(w.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.2 Differentiable quantization: the softmax kernel and Lemma 4.1
+
+_TAU_MIN = 1e-20  # the kernel has long been a step function; much smaller and 2/tau would overflow float32
+
+
+def _temperature_parts(tau):
+    """(tau kept above zero, 1 or 0 for whether the kernel is soft at all). tau: float or 0-dim tensor, >= 0."""
+    if isinstance(tau, torch.Tensor):
+        return tau.clamp_min(_TAU_MIN), tau > 0
+    if not tau >= 0:
+        raise ValueError(f"tau is {tau}; expected a temperature >= 0, in units of gamma")
+    return max(float(tau), _TAU_MIN), tau > 0
+
+
+def _gap(z, near, q):
+    """(z - q)^2 - (z - near)^2 >= 0, multiplied out so that nothing cancels, however small the tau it is divided by."""
+    return (near - q) * (2 * z - (near + q))
+
+
+def assignment_probs(w, tau, group_size=None, codebook=TERNARY, scale=None):
+    """Eq. (7): pi_tau(q | w) = softmax over q of -(w/gamma - q)^2 / tau. Shape (*w.shape, K).
+
+    tau >= 0 in units of gamma, float or 0-dim tensor. tau = 0 gives 1 to the nearest code.
+
+    >>> assignment_probs(torch.tensor([-0.6, 0.3]), 0.5, scale=torch.ones(1, 1))
+    tensor([[0.5958, 0.3993, 0.0049],
+            [0.0274, 0.6711, 0.3015]])
+    """
+    z, _ = _normalize(w, group_size, scale)
+    near, (tau, soft) = _nearest(z, codebook).unsqueeze(-1), _temperature_parts(tau)
+    q = torch.tensor(codebook, dtype=z.dtype, device=z.device)
+    logits = -_gap(z.unsqueeze(-1), near, q) / tau  # (n_groups, g, K); 0 at the nearest code
+    pi = soft * torch.softmax(logits, -1) + (1 - 1 * soft) * (q == near)
+    return _narrow(pi, w.dtype).view(*w.shape, len(codebook))
+
+
+def _softmax_moments(z, tau, codebook):
+    """The nearest code q*, and E[q - q*] and E[(q - q*)^2] under pi_tau(q | z) of Eq. (7), for any codebook.
+
+    Around q* rather than 0, so that mu = q* + m1 (Eq. 16) and Var = m2 - m1^2 (Eq. 17) lose no digits when the
+    assignment is nearly certain. Streams over the codes: no (..., K) tensor exists.
+    """
+    near, total, m1, m2 = _nearest(z, codebook), 0.0, 0.0, 0.0
+    for q in codebook:
+        weight, step = torch.exp(_gap(z, near, q) / -tau), q - near  # (n_groups, g); weight in [0, 1]
+        total, m1, m2 = total + weight, m1 + weight * step, m2 + weight * step * step
+    return near, m1 / total, m2 / total
+
+
+def _ternary_odds(z, tau):
+    """pi(-s) / pi(s) and pi(0) / pi(s) under Eq. (7) for TERNARY, with s the sign of z.
+
+    The second is cut at e^70: enough for mu = 0, yet far from overflow, and no effective weight becomes a denormal
+    number, on which a CPU multiplies a hundred times slower.
+    """
+    a = z.abs()
+    return torch.exp(a * (-4 / tau)), torch.exp(((1 - 2 * a) / tau).clamp(max=70.0))
+
+
+def _code_mean(z, tau, codebook):
+    """Eq. (16): mu_tau, so that H = gamma * mu. For TERNARY sinh(2z/tau) / (cosh(2z/tau) + e^(1/tau)/2), kept finite."""
+    tau, soft = _temperature_parts(tau)
+    if tuple(codebook) == TERNARY:
+        A, B = _ternary_odds(z, tau)
+        mu = torch.copysign((1 - A) / (1 + A + B), z)
+    else:
+        near, m1, _ = _softmax_moments(z, tau, codebook)
+        mu = near + m1
+    if soft is True:
+        return mu
+    return torch.where(torch.as_tensor(soft, device=z.device), mu, _nearest(z, codebook))  # tau = 0: Q exactly
+
+
+def _jacobian(z, tau, codebook):
+    """Lemma 4.1, Eq. (18): dH/dw = (2 / tau) Var_tau(w), for z = w / gamma; 0 at tau = 0."""
+    tau, soft = _temperature_parts(tau)
+    if tuple(codebook) == TERNARY:
+        A, B = _ternary_odds(z, tau)
+        P = 1 / (1 + A + B)  # pi of the outer code on w's side
+        var = torch.addcmul(torch.add(B, A, alpha=4), A, B) * P * P  # Eq. (17) is (4A + B + AB) P^2: nothing cancels
+    else:
+        _, m1, m2 = _softmax_moments(z, tau, codebook)
+        var = m2 - m1 * m1
+    return var * (soft * 2 / tau)
+
+
+class _SoftQuantize(torch.autograd.Function):
+    """H(w; tau) with Lemma 4.1 for its backward. Saves w and its few scales, nothing else of w's size."""
+
+    @staticmethod
+    def forward(ctx, w, gamma, tau, group_size, codebook):
+        ctx.save_for_backward(w, gamma)
+        ctx.static = tau, group_size, codebook
+        z, gamma = _normalize(w, group_size, gamma)
+        return _narrow(gamma * _code_mean(z, tau, codebook), w.dtype).view_as(w)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (w, gamma), (tau, group_size, codebook) = ctx.saved_tensors, ctx.static
+        z, _ = _normalize(w, group_size, gamma)
+        J = _jacobian(z, tau, codebook).view_as(w)
+        return _narrow(grad * J, w.dtype), None, None, None, None  # Eq. (19); plain torch, so it differentiates again
+
+
+def soft_quantize(w, tau, group_size=None, codebook=TERNARY, scale=None):
+    """Eq. (8): H(w; tau) = gamma * sum over q of q * pi_tau(q | w). w's shape and dtype.
+
+    Differentiable once (Lemma 4.1) and twice. tau = 0 gives Q(w) exactly, with derivative 0.
+
+    >>> w = torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9], requires_grad=True)
+    >>> H = soft_quantize(w, tau=0.3)
+    >>> H
+    tensor([-0.5833, -0.5666, -0.3051,  0.0522,  0.4521,  0.5828],
+           grad_fn=<_SoftQuantizeBackward>)
+    >>> H.backward(torch.tensor([1.0, -2.0, 3.0, 0.5, -1.0, 2.0]))
+    >>> print([round(g, 4) for g in w.grad.tolist()])
+    [0.0002, -0.371, 5.0115, 0.3391, -1.1633, 0.0127]
+    """
+    gamma = absmean_scale(w, group_size) if scale is None else scale
+    return _SoftQuantize.apply(w, gamma, tau, group_size, codebook)
+
+
+def soft_quantize_jacobian(w, tau, group_size=None, codebook=TERNARY, scale=None):
+    """Lemma 4.1, Eq. (18): the diagonal of dH/dw, (2 / tau) Var_tau(w). w's shape, >= 0.
+
+    Largest near the boundaries of Eq. (5), where it is 1 / (2 tau) once tau is small.
+
+    >>> soft_quantize_jacobian(torch.tensor([0.0, 0.3, 0.5]), 0.5, scale=torch.ones(1, 1))
+    tensor([0.8521, 1.0149, 1.0719])
+    """
+    z, _ = _normalize(w, group_size, scale)
+    return _narrow(_jacobian(z, tau, codebook), w.dtype).view_as(w)
+
+
+def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
+    """Eq. (9): W_eff = (1 - p) W + p H(W; tau), what the model computes with at one step. p in [0, 1].
+
+    >>> effective_weight(torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]), tau=0.3, p=0.5)
+    tensor([-0.8917, -0.5833, -0.3025,  0.0761,  0.4261,  0.7414])
+    """
+    H = soft_quantize(w, tau, group_size, codebook, scale)
+    return H if isinstance(p, float) and p == 1 else (1 - p) * w + p * H
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.3.1 Sensitivity: Hessian traces by Hutch++, and the scores they become
+
+
+class TraceEstimate(NamedTuple):
+    """A trace, its standard error, whether it lies within two of them of zero, and the products it took."""
+
+    value: float
+    stderr: float
+    flagged: bool
+    products: int
+
+
+def _hutchpp(matvec, dim, rank, samples, generator, dtype, device):
+    if rank < 0 or samples < 1:
+        raise ValueError(f"rank = {rank} and samples = {samples}; expected rank >= 0 and samples >= 1")
+    rank = min(rank, dim)
+
+    def rademacher(k):  # (dim, k) of +-1, drawn where the generator lives
+        signs = torch.randint(0, 2, (dim, k), generator=generator, device=generator.device if generator else device)
+        return (2 * signs - 1).to(device=device, dtype=dtype)
+
+    S, G = rademacher(rank), rademacher(samples)  # independent: reusing S as G would bias the trace
+    Q = torch.linalg.qr(matvec(S)).Q if rank else S  # (dim, rank), orthonormal basis of the range of H S
+    G = G - Q @ (Q.T @ G)  # (I - Q Q^T) G, projected before the product
+    HQ, HG = matvec(torch.cat([Q, G], 1)).split([rank, samples], 1)
+    sketched = (Q.double() * HQ.double()).sum()  # Tr(Q^T H Q): exact on what the sketch caught
+    rest = (G.double() * HG.double()).sum(0)  # (samples,): g^T (I-QQ^T) H (I-QQ^T) g, one estimate each of what it missed
+    value = float(sketched + rest.mean())  # Eq. (12) prints no 1/m: without it the rest counts m times
+    stderr = float(rest.std() / samples**0.5) if samples > 1 else math.inf
+    return TraceEstimate(value, stderr, abs(value) < 2 * stderr, 2 * rank + samples)
+
+
+def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device=None):
+    """Eq. (12): the trace of a symmetric linear operator from rank + rank + samples products with it (Hutch++).
+
+    matvec: maps (dim, k) to (dim, k), k columns at once. The range of H times a random sketch is traced exactly,
+    what is left outside it by the mean over `samples` Rademacher vectors (Hutchinson). dtype, device: of the
+    vectors that matvec is given (torch's defaults). Returns a float, summed in float64.
+
+    >>> H = torch.diag(torch.tensor([42.0, 0.5, 0.1, 0.0]))  # rank 3: a sketch of 3 catches all of it
+    >>> round(hutchpp(lambda V: H @ V, dim=4, rank=3), 4)
+    42.6
+    """
+    return _hutchpp(matvec, dim, rank, samples, generator, dtype or torch.get_default_dtype(), device).value
+
+
+def hessian_traces(
+    loss_fn, params, batches, estimator="hutchpp", rank=10, samples=20, *, generator=None, progress=None
+):
+    """Section 3.3.1: h_i = Tr(H_i), with H_i the block of the Hessian that belongs to the tensor i alone.
+
+    loss_fn(batch) -> scalar, the mean loss in nats; params: {name: tensor that requires grad}; batches: a list, whose
+    mean loss is differentiated. estimator: "hutchpp", the paper's, tensor by tensor, 2 rank + samples products each.
+    progress(done, total): called after each tensor. Returns {name: TraceEstimate}. Gradients stay as they were.
+
+    >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
+    >>> loss = lambda batch: w[0] ** 3 + w[1] ** 2                            # its Hessian is diag(6, 2)
+    >>> round(hessian_traces(loss, {"w": w}, [None], rank=2)["w"].value, 4)
+    8.0
+    """
+    if estimator != "hutchpp":
+        raise ValueError(f"unknown trace estimator {estimator!r}; expected 'hutchpp'")
+    if not batches:
+        raise ValueError("no calibration batches; a trace needs at least one")
+
+    def products(w, V):  # (d, k) -> (d, k): the mean over the batches of H_i V, one graph at a time
+        HV = torch.zeros(V.shape, dtype=torch.float64, device=V.device)
+        for batch in batches:
+            with sdpa_kernel(SDPBackend.MATH):  # the only attention that PyTorch can differentiate twice
+                (grad,) = torch.autograd.grad(loss_fn(batch), w, create_graph=True)  # once for all k vectors
+            for k in range(V.shape[1] if grad.requires_grad else 0):
+                (hv,) = torch.autograd.grad(grad, w, V[:, k].view_as(w), retain_graph=True, materialize_grads=True)
+                HV[:, k] += hv.flatten().double() / len(batches)
+        return HV.to(V.dtype)
+
+    traces = {}
+    for name, w in params.items():
+        matvec = lambda V, w=w: products(w, V)
+        traces[name] = _hutchpp(matvec, w.numel(), rank, samples, generator, w.dtype, w.device)
+        if progress:
+            progress(len(traces), len(params))
+    return traces
+
+
+def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
+    """Eq. (13): s_i = Sigmoid(kappa * (log h_i - mu_h) / (sigma_h + eps)), in (0, 1); 1/2 for an average tensor.
+
+    traces: {name: float or TraceEstimate}. mu_h and sigma_h (population) run over these tensors. A logarithm needs a
+    positive trace, and a Hessian may have others: those below half the smallest trustworthy one (positive and not
+    flagged) are raised to that half, with a warning that names the negative ones. None positive is a ValueError.
+
+    >>> {k: round(s, 4) for k, s in sensitivity_scores({"q": 10.0, "v": 1000.0, "down": 100000.0}).items()}
+    {'q': 0.2271, 'v': 0.5, 'down': 0.7729}
+    """
+    value = {name: float(getattr(h, "value", h)) for name, h in traces.items()}
+    broken = [name for name, h in value.items() if not math.isfinite(h)]
+    if broken:
+        raise ValueError(f"the Hessian trace is not finite for {', '.join(broken)}; check the model's loss")
+    positive = {name: h for name, h in value.items() if h > 0}
+    if not positive:
+        raise ValueError("no Hessian trace is positive, so no score exists; calibrate a trained model on more tokens")
+    trusted = [h for name, h in positive.items() if not getattr(traces[name], "flagged", False)]
+    floor = 0.5 * min(trusted or positive.values())
+    if len(positive) < len(value):
+        names = ", ".join(name for name in value if name not in positive)
+        warnings.warn(f"Hessian trace not positive for {names}: floored at {floor:.3g} for the score", stacklevel=2)
+    logs = {name: math.log(max(h, floor)) for name, h in value.items()}
+    mu = sum(logs.values()) / len(logs)
+    sigma = math.sqrt(sum((x - mu) ** 2 for x in logs.values()) / len(logs))
+    return {name: 1 / (1 + math.exp(-kappa * (x - mu) / (sigma + eps))) for name, x in logs.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.2 and 3.3.2 Schedules: pressure and temperature
+
+
+def _check_schedule(T, rho):
+    if not (T > 0 and 0 <= rho <= 1):
+        raise ValueError(f"T = {T} steps and rho = {rho}; expected T > 0 and rho between 0 and 1")
+
+
+def pressure(t, T, rho):
+    """Eq. (10): p_t, the share of H in the effective weight: grows linearly to 1 over the first rho T steps.
+
+    >>> [pressure(t, T=10, rho=0.4) for t in (0, 1, 4, 10)]
+    [0.0, 0.25, 1.0, 1.0]
+    """
+    _check_schedule(T, rho)
+    return 1.0 if rho == 0 else min(1.0, t / (rho * T))
+
+
+def base_temperature(t, T, rho, tau_init):
+    """Eq. (14): tau_init while compressing (t < T_comp = rho T), then half a cosine down to 0 at t = T.
+
+    >>> [round(base_temperature(t, T=10, rho=0.2, tau_init=0.3), 4) for t in (0, 2, 6, 10)]
+    [0.3, 0.3, 0.15, 0.0]
+    """
+    _check_schedule(T, rho)
+    if t >= T:
+        return 0.0
+    T_comp = rho * T
+    if t <= T_comp:
+        return tau_init
+    return tau_init / 2 * (1 + math.cos(math.pi * (t - T_comp) / (T - T_comp)))
+
+
+def temperature(t, T, rho, tau_init, score, alpha):
+    """Eq. (15): tau_i(t) = base_temperature(t) * exp(alpha * s_i). Sensitive tensors stay warmer.
+
+    >>> round(temperature(0, T=10, rho=0.2, tau_init=0.3, score=1.0, alpha=0.4), 4)
+    0.4475
+    """
+    return base_temperature(t, T, rho, tau_init) * math.exp(alpha * score)
+
+
+@torch.no_grad()
+def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
+    """Section 5.1: the tau that minimises the mean squared error between all W and H(W; tau), in W's own units.
+
+    weights: tensors (a list, a dict, or one tensor). For Gaussian weights 0.3509; Table 5 rounds it to 0.3. The minimum
+    is flat: the search stops at 0.1 %. It looks between 0.01 and 10. Beyond 16 million weights each tensor is thinned.
+
+    >>> w = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    >>> round(optimal_tau_init([w]), 2)
+    0.35
+    """
+    weights = list(weights.values()) if isinstance(weights, dict) else weights
+    weights = [weights] if isinstance(weights, torch.Tensor) else list(weights)
+    thin = max(1, sum(w.numel() for w in weights) >> 24)  # keep every thin-th row: whole groups, so gamma stays right
+    parts = []
+    for w in weights:
+        z, gamma = _normalize(w.detach(), group_size, None)
+        rows = z.view(-1, w.shape[-1]) if group_size is None and w.dim() > 1 else z
+        parts.append((rows[::thin], gamma if group_size is None else gamma[::thin]))
+
+    def error(log_tau):
+        H_minus_w = (gamma * (_code_mean(z, math.exp(log_tau), codebook) - z) for z, gamma in parts)
+        return float(sum(e.square().sum(dtype=torch.float64) for e in H_minus_w))
+
+    grid = [math.log(0.01) + k * math.log(1000) / 24 for k in range(25)]
+    best = min(range(25), key=lambda k: error(grid[k]))
+    low, high = grid[max(0, best - 1)], grid[min(24, best + 1)]
+    golden = (5**0.5 - 1) / 2
+    while high - low > 1e-3:  # golden-section search
+        a, b = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, b) if error(a) < error(b) else (a, high)
+    return math.exp((low + high) / 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 1. Within one optimizer step the latent weights W do not move, so W_eff is computed once per step, written
+# into an ordinary model, and dL/dW_eff is pulled back through one vector-Jacobian product.
+
+
+class Step(NamedTuple):
+    """What a quantizer may know when it maps W to W_eff."""
+
+    t: int
+    p: float
+    tau: float
+    group_size: int | None
+    codebook: tuple
+
+
+def _hard_absmean(w, s):
+    """Q(W) with each gamma rounded to bfloat16, so that a checkpoint holds exactly what was evaluated."""
+    z, gamma = _normalize(w, s.group_size, None)
+    return (gamma.bfloat16().to(z.dtype) * _nearest(z, s.codebook)).view_as(w)
+
+
+class Quantizer(NamedTuple):
+    """One row of the paper's tables: how training sees W, what is left after it, and which settings the name fixes."""
+
+    label: str
+    relax: Callable  # (W, Step) -> W_eff, differentiable in W
+    harden: Callable = _hard_absmean  # (W, Step) -> the weights that are kept
+    settings: dict = {}
+    soft: bool = False  # whether p and tau act on it
+
+
+def _relax_ste(w, s):
+    return quantize_ste(w, s.group_size, s.codebook)
+
+
+def _relax_hestia(w, s):
+    return effective_weight(w, s.tau, s.p, s.group_size, s.codebook)
+
+
+QUANTIZERS = {
+    "full": Quantizer("full precision", lambda w, s: w, lambda w, s: w),
+    "absmean": Quantizer("AbsMean STE", _relax_ste),
+    "hestia-no-hessian": Quantizer("HESTIA, alpha = 0", _relax_hestia, settings={"alpha": 0.0}, soft=True),
+    "hestia": Quantizer("HESTIA", _relax_hestia, soft=True),
+    "hestia-binary": Quantizer("HESTIA, binary", _relax_hestia, settings={"codebook": BINARY}, soft=True),
+    "hestia-2bit": Quantizer("HESTIA, 2 bit", _relax_hestia, settings={"codebook": TWO_BIT}, soft=True),
+}
+
+
+def _is_target(model):
+    """Section 5.1: all linear layers, but not the output head: by name, or because it shares the embedding's weight."""
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+
+    def is_target(name, module):
+        head = name.split(".")[-1] in ("lm_head", "output") or id(getattr(module, "weight", None)) in embeddings
+        return isinstance(module, nn.Linear) and not head
+
+    return is_target
+
+
+class Hestia:
+    """Algorithm 1 around any model: keeps a float32 latent copy W of every quantized linear weight.
+
+    model: any nn.Module; total_steps: T. method: a name in QUANTIZERS. targets: (module name, module) -> bool, or None
+    for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
+    tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
+    ValueError for an unknown method, settings out of range, weights that are not finite, a group size that does not fit.
+
+    >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
+    >>> qat = Hestia(model, total_steps=10, group_size=None)
+    >>> optimizer = torch.optim.AdamW(qat.param_groups(weight_decay=0.1), lr=1e-2)
+    >>> for t in range(10):
+    ...     qat.relax(t)                               # W_eff(t) is in the model now: Algorithm 1, lines 4-10
+    ...     model(torch.ones(3, 4)).square().mean().backward()
+    ...     qat.pull_back()                            # dL/dW = dL/dW_eff * dW_eff/dW, Eq. (19)
+    ...     optimizer.step()                           # line 11
+    >>> qat.harden()                                   # line 13
+    >>> len(model[0].weight.abs().unique()) <= 2       # only 0 and gamma are left
+    True
+    """
+
+    def __init__(self, model, total_steps, *, method="hestia", group_size=128, rho=0.2, alpha=0.4, tau_init=None,
+                 scores=None, codebook=TERNARY, targets=None, dtype=None):  # fmt: skip
+        if method not in QUANTIZERS:
+            raise ValueError(f"unknown method {method!r}; expected one of {', '.join(QUANTIZERS)}")
+        _check_schedule(total_steps, rho)
+        if rho == 1 and QUANTIZERS[method].soft:
+            warnings.warn("rho = 1 compresses to the last step and leaves none to anneal tau", stacklevel=2)
+        self.model, self.method, self.quantizer = model, method, QUANTIZERS[method]
+        self.total_steps, self.group_size, self.rho = total_steps, group_size, rho
+        self.alpha = self.quantizer.settings.get("alpha", alpha)
+        self.codebook = tuple(self.quantizer.settings.get("codebook", codebook))
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"alpha is {alpha}; expected a finite number, 0.4 in the paper")
+
+        chosen, seen = targets or _is_target(model), set()
+        self.weights = {}  # {module's name: the model's own parameter}, which holds W_eff
+        for name, module in model.named_modules():
+            name = name.removeprefix("module.").replace("_orig_mod.", "")  # wrapped by DDP, by torch.compile
+            if chosen(name, module) and id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                self.weights[name] = module.weight
+        if not self.weights:
+            raise ValueError("nothing to quantize: the model has no nn.Linear other than its output head")
+        for name, weight in self.weights.items():
+            if not torch.isfinite(weight).all():
+                raise ValueError(f"the weights of {name} hold NaN or infinity; quantization needs finite weights")
+            try:
+                _groups(weight, group_size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
+        self.latents = {name: nn.Parameter(_at_least_float32(w.detach()).clone()) for name, w in self.weights.items()}
+
+        self.scores = {name: 0.0 for name in self.weights} if scores is None else dict(scores)
+        missing = [name for name in self.weights if name not in self.scores]
+        if missing:
+            raise ValueError(f"no sensitivity score for {', '.join(missing)}; scores are keyed by module name")
+        if tau_init is None:
+            tau_init = optimal_tau_init(self.latents, group_size, self.codebook) if self.quantizer.soft else 0.0
+        elif not 0 < tau_init < math.inf:
+            raise ValueError(f"tau_init is {tau_init}; expected a positive temperature in units of gamma, such as 0.3")
+        self.tau_init = tau_init
+        self.graph = None  # {name: W_eff with its graph back to W}, between relax and pull_back
+        for weight in self.weights.values():
+            weight.requires_grad_(True).grad = None
+            weight.data = weight.data.to(dtype or weight.dtype)
+
+    def step_of(self, t, name):
+        """Eqs. (10) and (15): the pressure and the tensor's temperature at step t."""
+        tau = temperature(t, self.total_steps, self.rho, self.tau_init, self.scores[name], self.alpha)
+        return Step(t, pressure(t, self.total_steps, self.rho), tau, self.group_size, self.codebook)
+
+    def relax(self, t):
+        """Algorithm 1, lines 4-10: show the model W_eff(t). Clears the gradients of the weights it writes."""
+        self.graph = {}
+        with torch.enable_grad():
+            for name, w in self.latents.items():
+                weight = self.weights[name]
+                w_eff = self.quantizer.relax(w, self.step_of(t, name)).to(weight.dtype)
+                weight.data, weight.grad = w_eff.detach(), None  # the graph's own output: nothing is copied or kept
+                self.graph[name] = w_eff
+
+    def pull_back(self):
+        """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the model's gradients to the latents'. Clears the former."""
+        if self.graph is None:
+            raise RuntimeError("pull_back() needs the effective weights of this step; call relax(t) before the forward")
+        for name, w in self.latents.items():
+            grad, self.weights[name].grad, w.grad = self.weights[name].grad, None, None
+            if grad is not None:
+                (w.grad,) = torch.autograd.grad(self.graph.pop(name), w, grad)
+        self.graph = None
+
+    def _hard_weights(self):
+        with torch.no_grad():
+            steps = {name: self.step_of(self.total_steps, name) for name in self.latents}
+            return {name: self.quantizer.harden(w, steps[name]).detach() for name, w in self.latents.items()}
+
+    def _show(self, tensors):
+        for name, weight in self.weights.items():
+            weight.data = tensors[name].to(weight.dtype)
+
+    @contextlib.contextmanager
+    def hard(self):
+        """Within `with qat.hard():` the model shows Q(W); afterwards it shows what it showed before."""
+        before = {name: weight.data for name, weight in self.weights.items()}
+        self._show(self._hard_weights())
+        try:
+            yield self.model
+        finally:
+            self._show(before)
+
+    def harden(self):
+        """Algorithm 1, line 13: W_hat = Q(W). The model now is ternary; scales are rounded to bfloat16 (below 0.4 %)."""
+        self._show({name: w.clone() for name, w in self._hard_weights().items()})
+        self.graph = None
+
+    @torch.no_grad()
+    def codes(self):
+        """{name: the code nearest to each latent weight}, in bfloat16, which holds every codebook exactly."""
+        nearest = lambda w: _nearest(_normalize(w, self.group_size, None)[0], self.codebook)
+        return {name: nearest(w).bfloat16().view_as(w) for name, w in self.latents.items()}
+
+    def parameters(self):
+        """What the optimizer trains: the latents, and whatever of the model is not quantized."""
+        return [*self.latents.values(), *self.rest]
+
+    def param_groups(self, weight_decay):
+        """parameters() as groups for AdamW: weight decay on matrices, none on vectors (norms, biases)."""
+        return param_groups(self.parameters(), weight_decay)
+
+    def state_dict(self):
+        """Everything of the method that training changes or that was estimated: latents, tau_init, scores."""
+        latents = {name: w.detach() for name, w in self.latents.items()}
+        return {"method": self.method, "tau_init": self.tau_init, "scores": dict(self.scores), "latents": latents}
+
+    @torch.no_grad()
+    def load_state_dict(self, state):
+        """Take up a state_dict() of the same method and model. Call relax(t) afterwards to show it in the model."""
+        if state["method"] != self.method or state["latents"].keys() != self.latents.keys():
+            raise ValueError(f"the state is of method {state['method']!r} or of another model; this is {self.method!r}")
+        self.tau_init, self.scores, self.graph = state["tau_init"], dict(state["scores"]), None
+        for name, w in self.latents.items():
+            w.copy_(state["latents"][name])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The model of section 5.1: Llama 3, with the parameter names of Hugging Face checkpoints
+
+
+@dataclass
+class LlamaConfig:
+    """The fields of a Llama's config.json that shape the computation, under their names there. Defaults: Llama-3.2-1B."""
+
+    vocab_size: int = 128256
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 500000.0
+    rope_scaling: dict | None = None  # {"rope_type": "llama3", "factor", "low_freq_factor", ...} or none
+    tie_word_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads")
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        kind = (self.rope_scaling or {}).get("rope_type", "llama3")
+        if kind != "llama3":
+            raise ValueError(f"rope_scaling of type {kind!r} is not supported; expected 'llama3' or none")
+
+
+def rope_frequencies(config):
+    """Radians by which each pair of a head's dimensions turns per position, with llama3 scaling. (head_dim / 2,)
+
+    Fast pairs stay, slow ones (a wave longer than the original context) turn `factor` times slower, between them it blends.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling:
+        r = config.rope_scaling
+        low, high, context = r["low_freq_factor"], r["high_freq_factor"], r["original_max_position_embeddings"]
+        waves = context * frequency / (2 * math.pi)  # how many waves fit the context that the model was first trained on
+        keep = ((waves - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / r["factor"]
+    return frequency
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
+
+    def forward(self, x):  # (B, T, C); statistics in float32
+        x32 = x.float()
+        return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.attention_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+
+    def forward(self, x, cos, sin):
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_heads, T, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, n_heads, T, head_dim) -> (B, T, C)
+
+
+def rotate(x, cos, sin):
+    """RoPE, split-half layout: dimension d is paired with d + head_dim / 2. x: (B, heads, T, head_dim)."""
+    a, b = x.chunk(2, -1)  # (B, heads, T, head_dim / 2) each
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(c), MLP(c)
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c), RMSNorm(c)
+
+    def forward(self, x, cos, sin):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """model(ids) -> logits (B, T, V). model(ids, targets) -> mean loss in nats per token; ids and targets (B, T)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.model.norm = RMSNorm(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for name, p in self.named_parameters():
+            if p.dim() > 1:  # a branch's last layer smaller, so that the depth does not add up
+                last = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.num_hidden_layers) if last else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, ids, targets=None):
+        x = self.model.embed_tokens(ids)  # (B, T, C)
+        position = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
+        angle = torch.outer(position, rope_frequencies(self.config).to(ids.device))  # (T, head_dim / 2)
+        cos, sin = angle.cos(), angle.sin()
+        for block in self.model.layers:
+            x = block(x, cos, sin)
+        x = self.model.norm(x)
+        if targets is None:
+            return self.lm_head(x)
+        return self.loss(x.flatten(0, 1), targets.flatten())
+
+    def loss(self, x, targets, budget=1 << 24):
+        """Mean cross-entropy of (N, C) states. Never holds more than `budget` logits: recomputes them when it must."""
+
+        def nats(x, y):
+            return F.cross_entropy(self.lm_head(x).float(), y, reduction="sum")
+
+        rows = max(1, budget // self.config.vocab_size)
+        if len(x) <= rows:
+            return nats(x, targets) / len(x)
+        parts = zip(x.split(rows), targets.split(rows))
+        return sum(checkpoint(nats, x_, y_, use_reentrant=False) for x_, y_ in parts) / len(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop, nanoGPT style: Algorithm 1 with AdamW, warm-up-stable-decay, clipping, accumulation, and a log
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient stopped being finite; the weights are those before the step that the message names."""
+
+
+def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
+    """Warm-up-stable-decay (Table 5): linear up over the first 5 % of T steps, linear down to peak / 10 over the last 10 %.
+
+    >>> [round(learning_rate(t, 100, 1.0), 2) for t in (0, 4, 50, 90, 99)]
+    [0.2, 1.0, 1.0, 1.0, 0.19]
+    """
+    up = min(1.0, (t + 1) / max(1.0, warmup * T))
+    left = min(1.0, (T - t) / max(1.0, decay * T)) if t >= (1 - decay) * T else 1.0
+    return peak * up * (final + (1 - final) * left)
+
+
+def param_groups(parameters, weight_decay):
+    """AdamW's two groups: matrices with weight decay, vectors without."""
+    parameters = list(parameters)
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+
+
+def batch_at(tokens, step, batch_size, block_size, seed):
+    """The batch of a step: a function of (seed, step) alone, so that every method sees the same and a resumed run too.
+
+    tokens: (N,). Returns inputs and targets, (batch_size, block_size) each, the targets one token further.
+    """
+    if len(tokens) <= block_size:
+        raise ValueError(f"the text has {len(tokens)} tokens; a block of {block_size} and its target need one more")
+    generator = torch.Generator().manual_seed(1_000_003 * seed + step)
+    start = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
+    window = tokens[(start + torch.arange(block_size + 1)).to(tokens.device)].long()  # (batch_size, block_size + 1)
+    return window[:, :-1], window[:, 1:]
+
+
+def _precision(device):
+    """bf16 autocast on CUDA, float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(model, tokens, block_size, batch_size=32):
+    """Eq. (3) on held-out text: mean loss in nats per token over disjoint blocks, each predicting all but its first.
+
+    Under `with qat.hard():` or after `harden()` this is J(W), the loss of the quantized model.
+    """
+    device = next(model.parameters()).device
+    whole = len(tokens) // block_size * block_size
+    pieces = list(tokens[:whole].view(-1, block_size).split(batch_size))  # (<= batch_size, block_size) each
+    if len(tokens) - whole > 1:
+        pieces.append(tokens[None, whole:])  # the shorter last block
+    total = count = 0
+    for piece in pieces:
+        ids = piece.to(device).long()
+        with _precision(device):
+            total += model(ids[:, :-1], ids[:, 1:]).double() * ids[:, 1:].numel()
+        count += ids[:, 1:].numel()
+    if not count:
+        raise ValueError(f"{len(tokens)} tokens hold no block to evaluate; expected at least 2")
+    return float(total / count)
+
+
+def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, weight_decay=0.1, clip=1.0,
+          clip_at="effective", seed=0, log_every=50, val=None, eval_every=0, on_step=None, name="training"):  # fmt: skip
+    """Algorithm 1 with everything around it. Returns the log, a list of records (README says how to read one).
+
+    tokens: (N,), on the device that should gather batches. qat: a Hestia around this model, or None for plain training.
+    batch_size: sequences per step, in micro_batches equal parts. clip: bound on the gradient norm, taken of dL/dW_eff
+    (clip_at="effective") or of dL/dW ("latent"). val: tokens on which the hard weights are evaluated every eval_every
+    steps. on_step(t, record or None): called after each step. Raises Diverged before a step that is not finite.
+    """
+    if batch_size % micro_batches:
+        raise ValueError(f"a batch of {batch_size} sequences does not split into {micro_batches} equal micro-batches")
+    device = next(model.parameters()).device
+    trained = qat.parameters() if qat else list(model.parameters())
+    optimizer = torch.optim.AdamW(param_groups(trained, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
+    norm = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    codes, log = qat.codes() if qat else {}, []
+    began = last = time.perf_counter()
+    last_t = -1
+    for t in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(t, steps, lr)
+        if qat:
+            qat.relax(t)
+        x, y = (part.to(device) for part in batch_at(tokens, t, batch_size, block_size, seed))
+        loss = 0.0
+        for x_, y_ in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
+            with _precision(device):
+                part = model(x_, y_) / micro_batches
+            part.backward()
+            loss = loss + part.detach()
+
+        at_weights = norm(model.parameters())  # of dL/dW_eff
+        if clip_at == "effective":
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, at_weights)
+        if qat:
+            qat.pull_back()
+        if clip_at == "latent":
+            torch.nn.utils.clip_grads_with_norm_(trained, clip, norm(trained))
+        if not (math.isfinite(loss) and math.isfinite(at_weights)):
+            raise Diverged(f"{name}: loss {float(loss)}, gradient norm {float(at_weights)} at step {t} of {steps}; "
+                           "lower the learning rate or look at the data")  # fmt: skip
+        record = None
+        evaluating = val is not None and eval_every and ((t + 1) % eval_every == 0 or t == steps - 1)
+        if evaluating or t % log_every == 0 or t == steps - 1:
+            record = {"step": t, "loss": float(loss), "lr": optimizer.param_groups[0]["lr"],
+                      "grad_norm": float(at_weights), "grad_norm_latent": float(norm(trained))}  # fmt: skip
+        optimizer.step()
+        optimizer.zero_grad()
+
+        if record is not None:
+            if qat:
+                now = qat.codes()
+                changed = sum(int((now[k] != codes[k]).sum()) for k in now)
+                record["flips"], codes = changed / sum(c.numel() for c in now.values()), now
+                if qat.quantizer.soft:
+                    taus = [qat.step_of(t, k).tau for k in now]
+                    record |= {"p": qat.step_of(t, next(iter(now))).p, "tau_min": min(taus), "tau_max": max(taus)}
+            clock = time.perf_counter()
+            record["tokens_per_s"] = (t - last_t) * batch_size * block_size / (clock - last)
+            record["seconds"], record["seconds_left"] = clock - began, (clock - began) / (t + 1) * (steps - t - 1)
+            if evaluating:
+                with qat.hard() if qat else contextlib.nullcontext():
+                    record["val_loss_hard"] = evaluate(model, val, block_size)
+            last, last_t = time.perf_counter(), t
+            log.append(record)
+        if on_step:
+            on_step(t, record)
+    return log
+
+
+@torch.no_grad()
+def generate(model, ids, new_tokens, block_size, temperature=0.8, top_k=None, generator=None):
+    """Continue ids (B, T) by sampling new_tokens more, from at most block_size tokens of context. temperature 0: greedy."""
+    for _ in range(new_tokens):
+        with _precision(ids.device):
+            logits = model(ids[:, -block_size:])[:, -1].float()  # (B, V)
+        if temperature == 0:
+            new = logits.argmax(-1, keepdim=True)
+        else:
+            logits = logits / temperature
+            if top_k:
+                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+            probs = torch.softmax(logits, -1).cpu()  # drawn on the CPU: the same text on every device, up to rounding
+            new = torch.multinomial(probs, 1, generator=generator).to(ids.device)
+        ids = torch.cat([ids, new], 1)
+    return ids

@@ -1,0 +1,128 @@
+"""Figures: one function each, data in, matplotlib Axes out. Nothing here trains.
+
+    python plots.py --run out/NAME        # overview.png of a finished run, again
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg") if "matplotlib.pyplot" not in sys.modules else None
+import matplotlib.pyplot as plt
+import numpy as np
+
+import hestia
+
+# colour-blind safe (Okabe-Ito), and each with a dash and a marker of its own, so that greyscale still tells them apart
+STYLE = {
+    "full": {"color": "#000000", "linestyle": "-"},
+    "absmean": {"color": "#D55E00", "linestyle": "--"},
+    "hestia-no-hessian": {"color": "#56B4E9", "linestyle": "-."},
+    "hestia": {"color": "#0072B2", "linestyle": "-"},
+}
+
+
+def style(method):
+    return {"label": hestia.QUANTIZERS[method].label, **STYLE.get(method, {})}
+
+
+def read_log(folder):
+    """{(method, seed): [records]} of a run's log.jsonl."""
+    runs = {}
+    for line in (Path(folder) / "log.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        runs.setdefault((record["method"], record["seed"]), []).append(record)
+    return runs
+
+
+def over_seeds(runs, method, key):
+    """Steps, and mean, smallest and largest over seeds of a logged quantity."""
+    logs = [[r for r in log if key in r] for (name, _), log in sorted(runs.items()) if name == method]
+    values = np.array([[r[key] for r in log] for log in logs])  # (seeds, steps)
+    return np.array([r["step"] for r in logs[0]]), values.mean(0), values.min(0), values.max(0)
+
+
+def loss_curves(runs, ax, key="loss"):
+    """Training loss as each method's forward pass sees it, or the hard validation loss, with bands over seeds."""
+    for method in dict.fromkeys(name for name, _ in runs if name in hestia.QUANTIZERS):
+        step, mean, low, high = over_seeds(runs, method, key)
+        ax.plot(step, mean, linewidth=1.6, **style(method))
+        ax.fill_between(step, low, high, color=STYLE.get(method, {}).get("color"), alpha=0.15, linewidth=0)
+    ax.set(xlabel="step of quantization-aware training", ylabel="nats per byte")
+    return ax
+
+
+def schedules(config, scores, ax, tau_init):
+    """Pressure and temperature of the least, the middle and the most sensitive tensor (the paper's Fig. 2)."""
+    T, rho, alpha = config["steps"], config["rho"], config["alpha"]
+    t = np.linspace(0, T, 400)
+    ordered = sorted(scores.items(), key=lambda item: item[1])
+    for (name, s), shade in zip([ordered[0], ordered[len(ordered) // 2], ordered[-1]], ("#56B4E9", "#0072B2", "#D55E00")):
+        tau = [hestia.temperature(x, T, rho, tau_init, s, alpha) for x in t]
+        label = name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
+        ax.plot(t, tau, color=shade, label=f"{label}: s = {s:.2f}")
+    base = [hestia.base_temperature(x, T, rho, tau_init) for x in t]
+    ax.plot(t, base, color="#009E73", linestyle="--", label="base (alpha = 0)")
+    ax.set(xlabel="step", ylabel="temperature tau, units of gamma²")
+    right = ax.twinx()
+    right.plot(t, [hestia.pressure(x, T, rho) for x in t], color="#777777", linestyle=":", linewidth=2)
+    right.set(ylabel="pressure p (dotted)", ylim=(-0.02, 1.05))
+    ax.legend(fontsize=8, frameon=False, loc="lower left")
+    return ax
+
+
+def overview(folder):
+    """One figure of a finished run: loss curves, schedules, and the table's losses. Returns a matplotlib Figure."""
+    folder = Path(folder)
+    results, runs = json.loads((folder / "results.json").read_text()), read_log(folder)
+    config, table = results["config"], results["table"]
+    methods = [m for m in config["methods"] if m in table]
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+
+    loss_curves(runs, left)
+    left.legend(fontsize=8, frameon=False)
+    left.set_title("Training loss, as the forward pass sees it", fontsize=11)
+
+    scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()}
+    soft = next((m for m in methods if hestia.QUANTIZERS[m].soft), None)
+    schedules(config, scores, middle, table[soft]["tau_init"][0] if soft else config["tau_init"] or 0.35)
+    middle.set_title("First the pressure rises, then the temperature falls", fontsize=11)
+
+    y = np.arange(len(methods))
+    for offset, split, marker in ((-0.13, "train", "o"), (0.13, "val", "s")):
+        mean = [table[m][split][0] for m in methods]
+        spread = [table[m][split][1] or 0.0 for m in methods]
+        colors = [STYLE.get(m, {}).get("color", "#777777") for m in methods]
+        for k in range(len(methods)):
+            right.errorbar(mean[k], y[k] + offset, xerr=spread[k], marker=marker, color=colors[k], capsize=3,
+                           fillstyle="full" if split == "train" else "none", linestyle="none")  # fmt: skip
+    right.set_yticks(y, [hestia.QUANTIZERS[m].label for m in methods])
+    right.invert_yaxis()
+    right.set_xlabel("nats per byte, hard weights (● training text, □ validation)")
+    quantized = [m for m in methods if m != "full"]
+    best = min(quantized, key=lambda m: table[m]["val"][0]) if quantized else None
+    right.set_title(f"Lowest validation loss of the quantized: {hestia.QUANTIZERS[best].label}" if best else "", fontsize=11)
+    for ax in (left, middle, right):
+        ax.spines["top"].set_visible(False)
+        ax.grid(alpha=0.2)
+    return fig
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(description="Draw the overview figure of a finished run.")
+    parser.add_argument("--run", required=True, help="a folder that train_tiny.py wrote, such as out/NAME")
+    folder = Path(parser.parse_args(arguments).run)
+    if not (folder / "results.json").exists():
+        print(f"plots.py: {folder} holds no finished run (no results.json); make one with python train_tiny.py",
+              file=sys.stderr)  # fmt: skip
+        return 2
+    overview(folder).savefig(folder / "overview.png", dpi=150)
+    print(folder / "overview.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

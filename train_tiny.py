@@ -1,0 +1,577 @@
+"""Watch a small Llama go from full precision to ternary weights, by HESTIA and by the straight-through estimator.
+
+    python train_tiny.py                             # about five minutes on two CPU cores, nothing is downloaded
+    python train_tiny.py --preset gpu                # the same at 1.6 M parameters and three seeds, minutes on one GPU
+    python train_tiny.py --data my.txt --methods full absmean hestia --seeds 3
+
+For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
+estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
+steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
+(one record per line), results.json, snapshots.npz, overview.png, and one checkpoint per method and seed.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import sys
+import sysconfig
+import time
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import hestia
+import plots
+
+# ----------------------------------------------------------------------------------------------------------------------
+# configuration: one dataclass, whose fields become the command-line options
+
+
+def option(help, cpu, gpu=None, paper=None):
+    gpu = cpu if gpu is None else gpu
+    presets = {"cpu": cpu, "gpu": gpu, "paper": gpu if paper is None else paper}
+    return field(default=cpu, metadata={"help": help, "presets": presets})
+
+
+@dataclass
+class Config:
+    preset: str = option("cpu: minutes on two cores; gpu: 1.6 M parameters; paper: Table 5, for much more text", "cpu")
+    data: str = option("a UTF-8 text file, read as bytes; default: the Python standard library's source", "")
+    methods: tuple = option(f"what to compare, of: {', '.join(hestia.QUANTIZERS)}; or all",
+                            ("full", "absmean", "hestia-no-hessian", "hestia"))  # fmt: skip
+    seeds: int = option("how many seeds; each has its own weights and batches, shared by all methods", 1, 3)
+    seed: int = option("the first seed", 0)
+    steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
+    pretrain_steps: int = option("steps of full-precision training before it", 480, 8000)
+    lr: float = option("peak learning rate of the T steps; the default is AbsMean STE's best", 1e-3, 1e-3, 1.5e-3)
+    pretrain_lr: float = option("peak learning rate of the full-precision training", 3e-3, 2e-3)
+    weight_decay: float = option("AdamW's weight decay, on matrices only", 0.1)
+    clip: float = option("largest gradient norm", 1.0)
+    clip_at: str = option("the gradient that is clipped: effective (dL/dW_eff) or latent (dL/dW)", "effective")
+    rho: float = option("share of the steps in which the pressure grows from 0 to 1 (Eq. 10)", 0.2)
+    alpha: float = option("how much warmer sensitive tensors stay, tau * exp(alpha s) (Eq. 15)", 0.4)
+    kappa: float = option("gain of the sensitivity score (Eq. 13)", 1.0)
+    tau_init: float = option("initial temperature, in units of gamma; 0: by least squares (sec. 5.1)", 0.0, 0.0, 0.3)
+    group_size: int = option("weights that share one scale; 0: one scale per tensor", 64, 64, 128)
+    calibration: int = option("sequences for the Hessian traces (at least 512 tokens)", 4, 16, 50)
+    rank: int = option("rank r of the Hutch++ sketch", 10)
+    samples: int = option("Rademacher samples of Hutch++", 20)
+    batch_size: int = option("sequences per step", 32, 64, 256)
+    micro_batches: int = option("parts into which a step's batch is cut, to save memory", 1, 1, 8)
+    block_size: int = option("bytes per sequence", 128, 128, 1024)
+    layers: int = option("transformer layers", 3, 4)
+    hidden: int = option("width of the model", 128, 192, 256)
+    intermediate: int = option("width of the MLP", 384, 512, 768)
+    heads: int = option("attention heads; half as many key-value heads", 4, 6, 8)
+    eval_tokens: int = option("tokens of each split on which the table's losses are measured; 0: all", 65536, 524288)
+    device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
+    compile: bool = option("compile the model with torch.compile", False, True)
+    out: str = option("folder of this run; default: a new one under out/", "")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used; the message is one sentence that says why and what would do."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse(arguments):
+    """Command line -> Config: the preset's values, where nothing else is said."""
+    description, _, rest = __doc__.partition("\n\n")
+    parser = Parser(description=description, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in dataclasses.fields(Config):
+        values = f.metadata["presets"]
+        shown = {k: " ".join(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        default = shown["cpu"] if len(set(shown.values())) == 1 else ", ".join(f"{k} {v}" for k, v in shown.items())
+        help = f.metadata["help"].replace("%", "%%") + (f" [{default}]" if default != "" else "")
+        kind = {"type": f.type, "metavar": f.type.__name__.upper()}
+        if f.name == "preset":
+            kind = {"choices": list(values)}
+        elif f.name == "clip_at":
+            kind = {"choices": ["effective", "latent"]}
+        elif f.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        elif f.type is tuple:
+            kind = {"nargs": "+", "metavar": "NAME"}
+        parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **kind)
+    given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
+    preset = given.get("preset", "cpu")
+    defaults = {f.name: f.metadata["presets"][preset] for f in dataclasses.fields(Config)}
+    return Config(**{**defaults, "preset": preset, **given})
+
+
+def check(config):
+    """Refuse what cannot work before anything is computed or written."""
+    names = [name for given in config.methods for name in given.split(",") if name]
+    config.methods = tuple(hestia.QUANTIZERS) if names == ["all"] else tuple(dict.fromkeys(names))
+    unknown = [name for name in config.methods if name not in hestia.QUANTIZERS]
+    if unknown or not names:
+        raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
+    counts = ("seeds steps pretrain_steps batch_size micro_batches block_size layers hidden intermediate heads "
+              "calibration samples").split()  # fmt: skip
+    for name in counts:
+        if getattr(config, name) < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
+    for name in ("lr", "pretrain_lr", "clip"):
+        if not 0 < getattr(config, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
+    for name in ("weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected 0 or more")
+    if not 0 <= config.rho <= 1:
+        raise InputError(f"--rho is {config.rho}; expected a share of the training between 0 and 1, such as 0.2")
+    if not math.isfinite(config.alpha):
+        raise InputError(f"--alpha is {config.alpha}; expected a finite number, such as 0.4")
+    if config.batch_size % config.micro_batches:
+        raise InputError(f"--batch-size {config.batch_size} does not split into {config.micro_batches} micro-batches")
+    if config.hidden % (2 * config.heads) or config.heads % 2:
+        raise InputError(f"--hidden {config.hidden} does not split into {config.heads} heads; expected an even number "
+                         "of heads, and of dimensions for each")  # fmt: skip
+    for width in (config.hidden, config.intermediate):
+        if config.group_size and width % config.group_size:
+            fits = math.gcd(config.hidden, config.intermediate)
+            fits = next(g for g in range(min(fits, config.group_size), 0, -1) if fits % g == 0)
+            raise InputError(f"--group-size {config.group_size} does not divide the model's width {width}; {fits} would")
+    config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+    return config
+
+
+def model_config(config):
+    return hestia.LlamaConfig(
+        vocab_size=256, hidden_size=config.hidden, intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads // 2,
+        rope_theta=10000.0,
+    )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# data: bytes of text
+
+
+def standard_library():
+    """(train, validation) bytes of the standard library's source: files shuffled once, split 95 / 5."""
+    skip = {"test", "tests", "idle_test", "encodings", "lib2to3", "site-packages"}
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(f for f in root.rglob("*.py") if not skip.intersection(f.relative_to(root).parts[:-1]))
+    random.Random(0).shuffle(files)
+    texts = [f.read_bytes() for f in files]
+    cut = round(0.95 * len(texts))
+    return b"".join(texts[:cut]), b"".join(texts[cut:])
+
+
+def load_text(config):
+    """(train, validation) as uint8 tensors, and what to record about them."""
+    if config.data:
+        path = Path(config.data)
+        try:
+            text = path.read_bytes()
+            text.decode("utf-8")
+        except OSError as error:
+            raise InputError(f"--data {path} cannot be read: {error.strerror}; expected a text file") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"--data {path} is not UTF-8 text (byte {error.start}); convert it first") from None
+        cut = round(0.95 * len(text))
+        train, val, source = text[:cut], text[cut:], path.name
+    else:
+        train, val = standard_library()
+        source = f"standard library of Python {platform.python_version()}"
+    if len(val) <= config.block_size + 1:
+        raise InputError(f"{source} has {len(train) + len(val)} bytes, of which 5 % are for validation; expected more than "
+                         f"{20 * (config.block_size + 2)} for blocks of {config.block_size}")  # fmt: skip
+    facts = {"source": source, "train_bytes": len(train), "val_bytes": len(val),
+             "sha256": hashlib.sha256(train + val).hexdigest()}  # fmt: skip
+    tensors = [torch.frombuffer(bytearray(part), dtype=torch.uint8).to(config.device) for part in (train, val)]
+    return *tensors, facts
+
+
+def excerpt(tokens, config):
+    """eval_tokens of a split, as blocks evenly spread over it."""
+    blocks = tokens[: len(tokens) // config.block_size * config.block_size].view(-1, config.block_size)
+    wanted = config.eval_tokens // config.block_size or len(blocks)
+    return blocks[:: max(1, len(blocks) // wanted)][:wanted].flatten()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# files: whole or not at all
+
+
+@contextmanager
+def whole(path):
+    """Write beside `path`, then rename: the name never holds half a file."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        yield aside
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def save_json(path, what):
+    with whole(path) as aside:
+        aside.write_text(json.dumps(what, indent=1) + "\n")
+
+
+def save_checkpoint(path, model, quantized=(), latents=None):
+    """The model as a torch file of plain tensors: quantized weights in bfloat16 if that is exact, the rest as it is."""
+    tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
+    if latents is not None:
+        tensors |= {name + ".weight": w.detach().cpu() for name, w in latents.items()}
+    for name in (name + ".weight" for name in quantized):
+        narrow = tensors[name].bfloat16()
+        tensors[name] = narrow if torch.equal(narrow.to(tensors[name].dtype), tensors[name]) else tensors[name]
+    with whole(path) as aside:
+        torch.save({"config": dataclasses.asdict(model.config), "model": tensors}, aside)
+
+
+def load_checkpoint(path):
+    """A Llama from a file that save_checkpoint wrote. Nothing in the file is executed (weights_only)."""
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    model = hestia.Llama(hestia.LlamaConfig(**saved["config"]))
+    model.load_state_dict(saved["model"])
+    return model
+
+
+def run_folder(config):
+    """A new folder for this run; one that already holds something is refused."""
+    if config.out:
+        folder = Path(config.out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"--out {folder} already exists and is not an empty folder; name another, or remove it")
+    else:
+        stem = Path("out") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{config.preset}"
+        folder = next(f for n in range(1000) if not (f := stem if n == 0 else Path(f"{stem}-{n}")).exists())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# measurements along a run
+
+BINS = np.linspace(-3, 3, 121)  # of w / gamma
+
+
+class Snapshots:
+    """At each logged step: histograms of w / gamma for three tensors, the dead zone of that step's update, norms."""
+
+    def __init__(self, qat, log_every):
+        names = list(qat.latents)
+        self.watched = [names[0], names[len(names) // 2], names[-1]]
+        self.qat, self.log_every, self.rows = qat, log_every, []
+        self.codes_before_end = None  # those at nine tenths of the steps
+        self.keep()
+
+    def keep(self):
+        self.before = {name: w.detach().clone() for name, w in self.qat.latents.items()}
+
+    @torch.no_grad()
+    def __call__(self, t, record):
+        qat = self.qat
+        if t + 1 == max(1, round(0.9 * qat.total_steps)):
+            self.codes_before_end = qat.codes()
+        if record is not None:
+            dead = felt = total = 0
+            for name, old in self.before.items():
+                same = hestia.dead_zone(old, qat.latents[name] - old, qat.group_size, qat.codebook)
+                s = qat.step_of(t, name)
+                J = 1.0 - same.float()  # STE: the forward pass feels nothing but a change of code
+                if qat.quantizer.soft:
+                    J = (1 - s.p) + s.p * hestia.soft_quantize_jacobian(old, s.tau, s.group_size, s.codebook)
+                dead, felt, total = dead + int(same.sum()), felt + int((J > 0.05).sum()), total + old.numel()
+            hist = []
+            for name in self.watched:
+                w = qat.latents[name]
+                z = (w.reshape(-1, qat.group_size or w.numel()) / hestia.absmean_scale(w, qat.group_size)).flatten()
+                hist.append(np.histogram(z.clamp(-3, 3).cpu().numpy(), BINS)[0] / z.numel())
+            self.rows.append({"step": t, "dead": dead / total, "felt": felt / total, "hist": hist,
+                              "grad_norm": record["grad_norm"], "grad_norm_latent": record["grad_norm_latent"]})  # fmt: skip
+        if (t + 1) % self.log_every == 0 or t + 1 == qat.total_steps - 1:
+            self.keep()
+
+    def changed_since(self):
+        now = self.qat.codes()
+        changed = sum(int((now[name] != old).sum()) for name, old in self.codes_before_end.items())
+        return changed / sum(old.numel() for old in now.values())
+
+    def arrays(self, prefix):
+        return {f"{prefix}/{key}": np.array([row[key] for row in self.rows], dtype=np.float32) for key in self.rows[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the experiment
+
+
+class Reporter:
+    """Prints log lines and writes log.jsonl as they come."""
+
+    def __init__(self, folder, config):
+        self.file = open(folder / "log.jsonl", "w")
+        self.steps_left = config.seeds * (config.pretrain_steps + len(config.methods) * config.steps)
+        self.began, self.announced = time.perf_counter(), False
+
+    def line(self, r, seed, method, total):
+        self.file.write(json.dumps({"seed": seed, "method": method, **r}) + "\n")
+        self.file.flush()
+        text = f"  step {r['step']:5d}/{total}  loss {r['loss']:.4f}  lr {r['lr']:.1e}  grad {r['grad_norm']:.2f}"
+        if "p" in r:
+            text += f"  p {r['p']:.2f}  tau {r['tau_min']:.3f}-{r['tau_max']:.3f}"
+        if "flips" in r:
+            text += f"  flips {100 * r['flips']:.2f} %"
+        if "val_loss_hard" in r:
+            text += f"  val {r['val_loss_hard']:.4f}"
+        print(f"{text}  {r['tokens_per_s'] / 1e3:.1f} k tok/s  {r['seconds_left']:.0f} s left", flush=True)
+        if not self.announced and r["step"] > 10:
+            self.announced = True
+            print(f"  (all runs together: about {r['seconds'] / (r['step'] + 1) * self.steps_left / 60:.0f} min)")
+
+
+def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, val=None):
+    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
+    log_every = max(1, steps // 40)
+    snapshots = Snapshots(qat, log_every) if qat else None
+
+    def on_step(t, record):
+        if record is not None:
+            reporter.line(record, seed, name, steps)
+        if snapshots:
+            snapshots(t, record)
+
+    try:
+        hestia.train(
+            model, tokens, steps=steps, lr=lr, qat=qat, seed=seed, name=name,
+            batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
+            weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
+            val=val, eval_every=-(-steps // 5), on_step=on_step,
+        )  # fmt: skip
+    except hestia.Diverged:
+        path = Path(reporter.file.name).parent / f"last-good-{name}-seed{seed}.pt"
+        save_checkpoint(path, getattr(model, "_orig_mod", model), latents=qat.latents if qat else None)
+        raise
+    return snapshots
+
+
+def sensitivities(config, model, tokens, seed):
+    """({name: TraceEstimate}, {name: s_i}) at the full-precision weights, on calibration text of the training split."""
+    sequences = max(config.calibration, -(-512 // config.block_size))
+    ids, targets = hestia.batch_at(tokens, 0, sequences, config.block_size, seed=10_000 + seed)
+    batches = list(zip(ids.split(16), targets.split(16)))
+    batches = batches if len(ids) % 16 == 0 or len(batches) == 1 else [(ids, targets)]  # the mean wants equal parts
+    params = hestia.Hestia(model, 1, method="full", group_size=None).weights
+    began = time.perf_counter()
+
+    def progress(done, total):
+        left = (time.perf_counter() - began) / done * (total - done)
+        print(f"\r  tensor {done}/{total}, {left:.0f} s left ", end="" if done < total else "\n", flush=True)
+
+    traces = hestia.hessian_traces(
+        lambda batch: model(*batch), params, batches, rank=config.rank, samples=config.samples,
+        generator=torch.Generator().manual_seed(seed), progress=progress,
+    )  # fmt: skip
+    return traces, hestia.sensitivity_scores(traces, config.kappa)
+
+
+def run_seed(config, seed, model, data, folder, reporter, snapshots):
+    """All runs of one seed. Returns {row: {"train", "val", ...}} and the sensitivities."""
+    train_text, val_text = data
+    samples = {"train": excerpt(train_text, config), "val": excerpt(val_text, config)}
+    losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
+    torch.manual_seed(seed)
+    model.float().load_state_dict(hestia.Llama(model.config).state_dict())
+    fast = torch.compile(model) if config.compile else model
+    begin = lambda k, what: print(f"[seed {seed}, {k}/{2 + len(config.methods)}] {what}", flush=True)
+
+    begin(1, f"full precision: {sum(p.numel() for p in model.parameters()):,} parameters, {config.pretrain_steps} steps")
+    clock = time.perf_counter()
+    train(config, fast, train_text, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
+    rows = {"before": {**losses(model), "seconds": time.perf_counter() - clock}}
+    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+    begin(2, f"sensitivities: Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor")
+    clock = time.perf_counter()
+    traces, scores = sensitivities(config, model, train_text, seed)
+    seconds = time.perf_counter() - clock
+
+    for k, method in enumerate(config.methods):
+        label = hestia.QUANTIZERS[method].label
+        begin(3 + k, f"{label}: {config.steps} steps")
+        model.float().load_state_dict(weights)  # float32 again, whatever the effective weights were
+        clock = time.perf_counter()
+        qat = hestia.Hestia(
+            model, config.steps, method=method, group_size=config.group_size or None, rho=config.rho, alpha=config.alpha,
+            tau_init=config.tau_init or None, scores=scores,
+            dtype=torch.bfloat16 if config.device.startswith("cuda") else None,
+        )  # fmt: skip
+        if "untrained" not in rows and method != "full":
+            with qat.hard():
+                rows["untrained"] = losses(model)
+        watched = train(config, fast, train_text, seed + 1000, reporter, steps=config.steps, lr=config.lr, name=method,
+                        qat=qat, val=samples["val"][: 16 * config.block_size])  # fmt: skip
+        qat.harden()
+        rows[method] = {**losses(model), "seconds": time.perf_counter() - clock, "tau_init": qat.tau_init}
+        if method != "full":
+            rows[method] |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat)}
+        snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
+
+        path = folder / f"{method}-seed{seed}.pt"
+        save_checkpoint(path, model, quantized=() if method == "full" else qat.weights)
+        again = hestia.evaluate(load_checkpoint(path).to(config.device), samples["val"], config.block_size)
+        if again != rows[method]["val"]:
+            raise RuntimeError(f"{path} reads back to a loss of {again}, not {rows[method]['val']}; the file is wrong")
+    sens = {name: {**h._asdict(), "score": scores[name]} for name, h in traces.items()}
+    return rows, {"seconds": seconds, "tensors": sens}
+
+
+def on_grid(qat):
+    """Share of the quantized weights that lie in {codes} * gamma of their group. 1 after harden()."""
+    good = 0
+    for weight in qat.weights.values():
+        w = weight.detach().float().reshape(-1, qat.group_size or weight.numel())  # (n_groups, g)
+        unit = max(qat.codebook)
+        gamma = w.abs().amax(1, keepdim=True) / unit
+        near = hestia.quantize(w, group_size=w.shape[1], codebook=qat.codebook, scale=gamma.clamp_min(1e-30))
+        good += int((near == w).sum())
+    return good / sum(w.numel() for w in qat.weights.values())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# results
+
+
+def summarize(config, per_seed):
+    """{row: {column: [mean, standard deviation over seeds or None]}}, with the gap recovered computed seed by seed."""
+    for rows in per_seed:
+        for split in ("train", "val"):
+            if "absmean" in rows and "full" in rows:
+                ste, full = rows["absmean"][split], rows["full"][split]
+                for row in rows.values():
+                    row[f"gap_{split}"] = (ste - row[split]) / (ste - full) if ste != full else None
+    table = {}
+    for row in per_seed[0]:
+        table[row] = {}
+        for column in per_seed[0][row]:
+            values = [rows[row][column] for rows in per_seed]
+            if None not in values:
+                spread = float(np.std(values, ddof=1)) if len(values) > 1 else None
+                table[row][column] = [float(np.mean(values)), spread]
+    return table
+
+
+def print_table(config, table, file=None):
+    labels = {"before": "full precision, before", "untrained": "ternarized, not trained"}
+    several = config.seeds > 1
+
+    def cell(row, column, digits, scale=1.0):
+        mean, spread = table[row].get(column, (None, None))
+        if mean is None:
+            return "-"
+        return f"{scale * mean:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if several and spread is not None else "")
+
+    head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "seconds"]
+    lines = [head]
+    for row in table:
+        label = labels.get(row) or hestia.QUANTIZERS[row].label + (", continued" if row == "full" else "")
+        gaps = ["-", "-"] if row in labels else [cell(row, f"gap_{s}", 0, 100).replace("-0", "0") for s in ("train", "val")]
+        gaps = [g if g == "-" else g + " %" for g in gaps]
+        changed = cell(row, "changed_last_tenth", 2, 100)
+        lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
+                      changed if changed == "-" else changed + " %", cell(row, "seconds", 0)])  # fmt: skip
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    for line in lines:
+        print(" | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))),
+              file=file)  # fmt: skip
+        if line is head:
+            print("-|-".join("-" * w for w in widths), file=file)
+
+
+def write_something(config, model, seed):
+    """A few lines by the ternary model."""
+    start = torch.tensor([list(b"\n")], device=config.device)
+    ids = hestia.generate(model, start, 240, config.block_size, generator=torch.Generator().manual_seed(seed))
+    return bytes(ids[0].tolist()).decode("utf-8", errors="replace").strip("\n")
+
+
+def run(config):
+    """The whole experiment. Returns the run's folder."""
+    check(config)
+    train_text, val_text, facts = load_text(config)
+    folder = run_folder(config)
+    began = time.perf_counter()
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    hardware = torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.processor() or "cpu"
+    about = {"config": dataclasses.asdict(config), "data": facts, "versions": versions,
+             "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
+    save_json(folder / "config.json", about)
+    print(f"{facts['source']}: {facts['train_bytes']:,} + {facts['val_bytes']:,} bytes, sha256 {facts['sha256'][:12]}; {folder}/")
+    passes = (config.pretrain_steps + config.steps) * config.batch_size * config.block_size / facts["train_bytes"]
+    print(f"{config.pretrain_steps} + {config.steps} steps read the text {passes:.2f} times"
+          + ("; expect overfitting, and bring more text with --data" if passes > 3 else ""))  # fmt: skip
+
+    model = hestia.Llama(model_config(config)).to(config.device)
+    reporter, per_seed, snapshots, sens = Reporter(folder, config), [], {"bins": BINS}, []
+    for seed in range(config.seed, config.seed + config.seeds):
+        rows, s = run_seed(config, seed, model, (train_text, val_text), folder, reporter, snapshots)
+        per_seed.append(rows)
+        sens.append(s)
+    reporter.file.close()
+    with whole(folder / "snapshots.npz") as aside, open(aside, "wb") as file:
+        np.savez_compressed(file, **snapshots)
+    table = summarize(config, per_seed)
+    save_json(folder / "results.json", {
+        **about, "table": table, "per_seed": per_seed, "sensitivities": sens,
+        "seconds": time.perf_counter() - began,
+    })  # fmt: skip
+    with whole(folder / "overview.png") as aside:
+        plots.overview(folder).savefig(aside, format="png", dpi=150)
+
+    print(f"\nHard weights, nats per byte{', mean ± standard deviation over seeds' if config.seeds > 1 else ''}:\n")
+    print_table(config, table)
+    quantized = [m for m in config.methods if m != "full"]
+    if quantized:
+        last = "hestia" if "hestia" in quantized else quantized[-1]
+        path = folder / f"{last}-seed{config.seed}.pt"
+        text = write_something(config, load_checkpoint(path).to(config.device), config.seed)
+        grid = min(rows[last]["on_grid"] for rows in per_seed)
+        print(f"\n{100 * grid:g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
+              f"What {path} writes:\n\n{text}\n")  # fmt: skip
+    print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
+    return folder
+
+
+def main(arguments=None):
+    config = parse(arguments)
+    torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
+    warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
+    try:
+        run(config)
+    except ValueError as error:  # bad input, found by us or by hestia.py
+        print(f"train_tiny.py: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, OSError) as error:
+        print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ntrain_tiny.py: interrupted; what was finished stays in the run's folder", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
