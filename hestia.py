@@ -582,13 +582,14 @@ class Hestia:
         if not math.isfinite(self.alpha):
             raise ValueError(f"alpha is {alpha}; expected a finite number, 0.4 in the paper")
 
-        chosen, seen = targets or _is_target(model), set()
+        chosen, owners = targets or _is_target(model), {}
         self.weights = {}  # {module's name: the model's own parameter}, which holds W_eff
         for name, module in model.named_modules():
             name = name.removeprefix("module.").replace("_orig_mod.", "")  # wrapped by DDP, by torch.compile
-            if chosen(name, module) and id(module.weight) not in seen:
-                seen.add(id(module.weight))
-                self.weights[name] = module.weight
+            if chosen(name, module):
+                if id(module.weight) not in owners:
+                    self.weights[name] = module.weight
+                owners.setdefault(id(module.weight), []).append(module)
         if not self.weights:
             raise ValueError("nothing to quantize: the model has no nn.Linear other than its output head")
         for name, weight in self.weights.items():
@@ -598,7 +599,7 @@ class Hestia:
                 _groups(weight, group_size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in seen]
+        self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in owners]
         self.latents = {name: nn.Parameter(_at_least_float32(w.detach()).clone()) for name, w in self.weights.items()}
 
         self.scores = {name: 0.0 for name in self.weights} if scores is None else dict(scores)
@@ -611,9 +612,12 @@ class Hestia:
             raise ValueError(f"tau_init is {tau_init}; expected a positive temperature in units of gamma, such as 0.3")
         self.tau_init = tau_init
         self.graph = None  # {name: W_eff with its graph back to W}, between relax and pull_back
-        for weight in self.weights.values():
+        for name, weight in self.weights.items():
             weight.requires_grad_(True).grad = None
-            weight.data = weight.data.to(dtype or weight.dtype)
+            if dtype not in (None, weight.dtype):  # a new Parameter: a compiled model does not notice a changed dtype
+                self.weights[name] = nn.Parameter(weight.detach().to(dtype))
+                for module in owners[id(weight)]:
+                    module.weight = self.weights[name]
 
     def step_of(self, t, name):
         """Eqs. (10) and (15): the pressure and the tensor's temperature at step t."""

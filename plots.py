@@ -86,7 +86,7 @@ def overview(folder):
     left.legend(fontsize=8, frameon=False)
     left.set_title("Training loss, as the forward pass sees it", fontsize=11)
 
-    scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()}
+    scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()} or {"every tensor": 0.0}
     soft = next((m for m in methods if hestia.QUANTIZERS[m].soft), None)
     schedules(config, scores, middle, table[soft]["tau_init"][0] if soft else config["tau_init"] or 0.35)
     middle.set_title("First the pressure rises, then the temperature falls", fontsize=11)

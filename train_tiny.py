@@ -388,13 +388,20 @@ def sensitivities(config, model, tokens, seed):
     return traces, hestia.sensitivity_scores(traces, config.kappa)
 
 
+def restore(model, weights):
+    """Give the model these weights as new float32 parameters, whatever dtype its effective weights had."""
+    device = next(model.parameters()).device
+    model.load_state_dict({name: t.clone().to(device) for name, t in weights.items()}, assign=True)
+    model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
+
+
 def run_seed(config, seed, model, data, folder, reporter, snapshots):
     """All runs of one seed. Returns {row: {"train", "val", ...}} and the sensitivities."""
     train_text, val_text = data
     samples = {"train": excerpt(train_text, config), "val": excerpt(val_text, config)}
     losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
     torch.manual_seed(seed)
-    model.float().load_state_dict(hestia.Llama(model.config).state_dict())
+    restore(model, hestia.Llama(model.config).state_dict())
     fast = torch.compile(model) if config.compile else model
     begin = lambda k, what: print(f"[seed {seed}, {k}/{2 + len(config.methods)}] {what}", flush=True)
 
@@ -404,15 +411,16 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
     rows = {"before": {**losses(model), "seconds": time.perf_counter() - clock}}
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
-    begin(2, f"sensitivities: Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor")
-    clock = time.perf_counter()
-    traces, scores = sensitivities(config, model, train_text, seed)
+    traces, scores, clock = {}, None, time.perf_counter()
+    if any(hestia.QUANTIZERS[m].soft and "alpha" not in hestia.QUANTIZERS[m].settings for m in config.methods):
+        begin(2, f"sensitivities: Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor")
+        traces, scores = sensitivities(config, model, train_text, seed)
     seconds = time.perf_counter() - clock
 
     for k, method in enumerate(config.methods):
         label = hestia.QUANTIZERS[method].label
         begin(3 + k, f"{label}: {config.steps} steps")
-        model.float().load_state_dict(weights)  # float32 again, whatever the effective weights were
+        restore(model, weights)
         clock = time.perf_counter()
         qat = hestia.Hestia(
             model, config.steps, method=method, group_size=config.group_size or None, rho=config.rho, alpha=config.alpha,
