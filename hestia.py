@@ -205,11 +205,11 @@ def _softmax_moments(z, tau, codebook):
 def _ternary_odds(z, tau):
     """pi(-s) / pi(s) and pi(0) / pi(s) under Eq. (7) for TERNARY, with s the sign of z.
 
-    The second is cut at e^70: enough for mu = 0, yet far from overflow, and no effective weight becomes a denormal
-    number, on which a CPU multiplies a hundred times slower.
+    Both are cut to e^-70 .. e^70: that is certainty, yet far from overflow and from denormal numbers, on which a CPU
+    computes a hundred times slower.
     """
     a = z.abs()
-    return torch.exp(a * (-4 / tau)), torch.exp(((1 - 2 * a) / tau).clamp(max=70.0))
+    return torch.exp((a * (-4 / tau)).clamp(min=-70.0)), torch.exp(((1 - 2 * a) / tau).clamp(-70.0, 70.0))
 
 
 def _code_mean(z, tau, codebook):
@@ -493,9 +493,8 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
 
 
 class Step(NamedTuple):
-    """What a quantizer may know when it maps W to W_eff."""
+    """What a quantizer may know when it maps W to W_eff. p and tau are floats, or 0-dim tensors when compiled."""
 
-    t: int
     p: float
     tau: float
     group_size: int | None
@@ -553,6 +552,7 @@ class Hestia:
     model: any nn.Module; total_steps: T. method: a name in QUANTIZERS. targets: (module name, module) -> bool, or None
     for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
     tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
+    compile: fuse the passes over the weights with torch.compile, which pays on a GPU.
     ValueError for an unknown method, settings out of range, weights that are not finite, a group size that does not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
@@ -569,7 +569,7 @@ class Hestia:
     """
 
     def __init__(self, model, total_steps, *, method="hestia", group_size=128, rho=0.2, alpha=0.4, tau_init=None,
-                 scores=None, codebook=TERNARY, targets=None, dtype=None):  # fmt: skip
+                 scores=None, codebook=TERNARY, targets=None, dtype=None, compile=False):  # fmt: skip
         if method not in QUANTIZERS:
             raise ValueError(f"unknown method {method!r}; expected one of {', '.join(QUANTIZERS)}")
         _check_schedule(total_steps, rho)
@@ -611,7 +611,9 @@ class Hestia:
         elif not 0 < tau_init < math.inf:
             raise ValueError(f"tau_init is {tau_init}; expected a positive temperature in units of gamma, such as 0.3")
         self.tau_init = tau_init
-        self.graph = None  # {name: W_eff with its graph back to W}, between relax and pull_back
+        self.compile = compile
+        self._map = torch.compile(self._relax_all) if compile else self._relax_all
+        self.graph = None  # [W_eff with its graph back to W, for each tensor], between relax and pull_back
         for name, weight in self.weights.items():
             weight.requires_grad_(True).grad = None
             if dtype not in (None, weight.dtype):  # a new Parameter: a compiled model does not notice a changed dtype
@@ -622,27 +624,38 @@ class Hestia:
     def step_of(self, t, name):
         """Eqs. (10) and (15): the pressure and the tensor's temperature at step t."""
         tau = temperature(t, self.total_steps, self.rho, self.tau_init, self.scores[name], self.alpha)
-        return Step(t, pressure(t, self.total_steps, self.rho), tau, self.group_size, self.codebook)
+        return Step(pressure(t, self.total_steps, self.rho), tau, self.group_size, self.codebook)
+
+    def _relax_all(self, latents, dtypes, steps):
+        """W_eff of every tensor, with its graph. A function of tensors alone, so that it compiles once."""
+        return [self.quantizer.relax(w, s).to(dtype) for w, dtype, s in zip(latents, dtypes, steps)]
 
     def relax(self, t):
         """Algorithm 1, lines 4-10: show the model W_eff(t). Clears the gradients of the weights it writes."""
-        self.graph = {}
+        steps, weights, latents = [self.step_of(t, name) for name in self.weights], self.weights.values(), self.latents
+        if self.compile:  # numbers that change from step to step go in as tensors, or each would compile anew
+            values = torch.tensor([[s.p, s.tau] for s in steps]).to(next(iter(weights)).device)  # (tensors, 2)
+            steps = [s._replace(p=v[0], tau=v[1]) for s, v in zip(steps, values)]
         with torch.enable_grad():
-            for name, w in self.latents.items():
-                weight = self.weights[name]
-                w_eff = self.quantizer.relax(w, self.step_of(t, name)).to(weight.dtype)
-                weight.data, weight.grad = w_eff.detach(), None  # the graph's own output: nothing is copied or kept
-                self.graph[name] = w_eff
+            self.graph = self._map(list(latents.values()), [weight.dtype for weight in weights], steps)
+        for weight, w_eff in zip(weights, self.graph):
+            weight.data, weight.grad = w_eff.detach(), None  # the graph's own output: nothing is copied or kept
 
     def pull_back(self):
         """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the model's gradients to the latents'. Clears the former."""
         if self.graph is None:
             raise RuntimeError("pull_back() needs the effective weights of this step; call relax(t) before the forward")
-        for name, w in self.latents.items():
-            grad, self.weights[name].grad, w.grad = self.weights[name].grad, None, None
-            if grad is not None:
-                (w.grad,) = torch.autograd.grad(self.graph.pop(name), w, grad)
+        got = [(w, w_eff, weight) for w, w_eff, weight in zip(self.latents.values(), self.graph, self.weights.values())]
+        got = [row for row in got if row[2].grad is not None]
         self.graph = None
+        for w in self.latents.values():
+            w.grad = None
+        if got:
+            w, w_eff, weights = zip(*got)
+            for w_i, grad in zip(w, torch.autograd.grad(w_eff, w, [weight.grad for weight in weights])):
+                w_i.grad = grad
+            for weight in weights:
+                weight.grad = None
 
     def _hard_weights(self):
         with torch.no_grad():
@@ -751,7 +764,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(config.hidden_size)), config.rms_norm_eps
 
     def forward(self, x):  # (B, T, C); statistics in float32
-        x32 = x.float()
+        x32 = _at_least_float32(x)
         return self.weight * (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
 
 
@@ -838,7 +851,7 @@ class Llama(nn.Module):
         """Mean cross-entropy of (N, C) states. Never holds more than `budget` logits: recomputes them when it must."""
 
         def nats(x, y):
-            return F.cross_entropy(self.lm_head(x).float(), y, reduction="sum")
+            return F.cross_entropy(_at_least_float32(self.lm_head(x)), y, reduction="sum")
 
         rows = max(1, budget // self.config.vocab_size)
         if len(x) <= rows:
@@ -901,7 +914,7 @@ def evaluate(model, tokens, block_size, batch_size=32):
     """
     device = next(model.parameters()).device
     whole = len(tokens) // block_size * block_size
-    pieces = list(tokens[:whole].view(-1, block_size).split(batch_size))  # (<= batch_size, block_size) each
+    pieces = list(tokens[:whole].view(-1, block_size).split(batch_size)) if whole else []  # (<= batch_size, block_size)
     if len(tokens) - whole > 1:
         pieces.append(tokens[None, whole:])  # the shorter last block
     total = count = 0

@@ -52,7 +52,7 @@ class Config:
     seed: int = option("the first seed", 0)
     steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
     pretrain_steps: int = option("steps of full-precision training before it", 480, 8000)
-    lr: float = option("peak learning rate of the T steps; the default is AbsMean STE's best", 1e-3, 1e-3, 1.5e-3)
+    lr: float = option("peak learning rate of the T steps; the default is AbsMean STE's best", 1e-3, 5e-4, 1.5e-3)
     pretrain_lr: float = option("peak learning rate of the full-precision training", 3e-3, 2e-3)
     weight_decay: float = option("AdamW's weight decay, on matrices only", 0.1)
     clip: float = option("largest gradient norm", 1.0)
@@ -356,7 +356,8 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
 
     try:
         hestia.train(
-            model, tokens, steps=steps, lr=lr, qat=qat, seed=seed, name=name,
+            model, tokens, steps=steps, lr=lr, qat=qat, name=name,
+            seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
             val=val, eval_every=-(-steps // 5), on_step=on_step,
@@ -425,12 +426,12 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
         qat = hestia.Hestia(
             model, config.steps, method=method, group_size=config.group_size or None, rho=config.rho, alpha=config.alpha,
             tau_init=config.tau_init or None, scores=scores,
-            dtype=torch.bfloat16 if config.device.startswith("cuda") else None,
+            dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
         )  # fmt: skip
         if "untrained" not in rows and method != "full":
             with qat.hard():
                 rows["untrained"] = losses(model)
-        watched = train(config, fast, train_text, seed + 1000, reporter, steps=config.steps, lr=config.lr, name=method,
+        watched = train(config, fast, train_text, seed, reporter, steps=config.steps, lr=config.lr, name=method,
                         qat=qat, val=samples["val"][: 16 * config.block_size])  # fmt: skip
         qat.harden()
         rows[method] = {**losses(model), "seconds": time.perf_counter() - clock, "tau_init": qat.tau_init}

@@ -1,0 +1,1070 @@
+"""The checks of hestia.py and train_tiny.py, each against something independent: numbers worked by hand, plain autograd
+in float64, dense matrices, Algorithm 1 written out naively, transformers' Llama.
+
+    python -m pytest                    # all of it, and the worked examples in the docstrings; about a minute
+    python -m pytest -k lemma           # one topic
+
+Tests that need transformers are skipped without it (pip install ".[test]" brings it).
+"""
+
+import copy
+import json
+import math
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import functional_call
+
+import hestia as h
+import plots
+import train_tiny
+
+W = [-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]  # the worked example: mean|w| = 0.583333
+G = [1.0, -2.0, 3.0, 0.5, -1.0, 2.0]  # dL/dH for its backward passes
+CODEBOOKS = [h.TERNARY, h.BINARY, h.TWO_BIT]
+ONE = torch.ones(1, 1, dtype=torch.float64)
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.1 scale, quantizer, STE, dead zone
+
+
+def test_absmean_scale_by_hand():
+    assert h.absmean_scale(f64(W), eps=0.0).item() == pytest.approx(3.5 / 6, abs=1e-15)
+    assert h.absmean_scale(f64(W), eps=0.5).item() == pytest.approx(3.5 / 6 + 0.5)  # epsilon is added
+    w = f64([[1.0, 3.0, 0.0, 0.0], [-2.0, 2.0, 5.0, -7.0]])
+    gamma = h.absmean_scale(w, group_size=2)
+    torch.testing.assert_close(gamma, f64([[2.0], [0.0], [2.0], [6.0]]), rtol=0, atol=2e-8)
+    assert not h.absmean_scale(w.requires_grad_()).requires_grad
+    assert h.absmean_scale(w.half()).dtype == torch.float32
+
+
+def test_quantize_by_hand():
+    g = 3.5 / 6
+    torch.testing.assert_close(h.quantize(f64(W)), g * f64([-1, -1, -1, 0, 1, 1]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(h.quantize(f64(W), codebook=h.BINARY), g * f64([-1, -1, -1, 1, 1, 1]), rtol=0, atol=1e-7)
+    expected = g * f64([-1.5, -1.5, -0.5, 0.5, 0.5, 1.5])
+    torch.testing.assert_close(h.quantize(f64(W), codebook=h.TWO_BIT), expected, rtol=0, atol=1e-7)
+
+
+def test_ties_go_to_zero_for_ternary_and_up_elsewhere():
+    w = f64([-0.5, 0.5, -1.5, 1.5])
+    assert h.quantize(w, scale=ONE).tolist() == [0, 0, -1, 1]
+    assert h.quantize(f64([0.0]), codebook=h.BINARY, scale=ONE).tolist() == [1]
+    assert h.quantize(f64([-1.0, 0.0, 1.0]), codebook=h.TWO_BIT, scale=ONE).tolist() == [-0.5, 0.5, 1.5]
+    for codebook in CODEBOOKS:  # H at tau = 0 settles ties in the same way, whether tau is a float or a tensor
+        for tau in (0.0, torch.tensor(0.0)):
+            w = f64([-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 0.2])
+            H = h.soft_quantize(w, tau, codebook=codebook, scale=ONE)
+            assert torch.equal(H, h.quantize(w, codebook=codebook, scale=ONE))
+            assert torch.equal(h.soft_quantize_jacobian(w, tau, codebook=codebook, scale=ONE), torch.zeros_like(w))
+            assert h.assignment_probs(w, tau, codebook=codebook, scale=ONE).sum(-1).tolist() == [1.0] * 8
+
+
+def test_groups_run_along_the_input_dimension():
+    w = randn(6, 8)
+    by_hand = torch.cat([h.quantize(w[:, k : k + 4].reshape(6, 4)[r : r + 1]) for r in range(6) for k in (0, 4)])
+    torch.testing.assert_close(h.quantize(w, group_size=4).reshape(12, 4), by_hand)
+
+
+@pytest.mark.parametrize("group_size", [5, 7, 0, -2, 16])
+def test_group_size_that_does_not_fit_is_named(group_size):
+    with pytest.raises(ValueError, match=rf"group size {group_size} does not divide the input dimension 12; \d+ would"):
+        h.quantize(randn(3, 12), group_size=group_size)
+    with pytest.raises(ValueError, match="4 would"):
+        h.absmean_scale(randn(3, 12), group_size=5)
+
+
+def test_a_scale_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"scale has shape \(2, 1\); expected one row per group, \(3, 1\)"):
+        h.soft_quantize(randn(3, 4), 0.3, group_size=4, scale=torch.ones(2, 1))
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_ste_has_the_value_of_Q_and_the_gradient_of_identity(codebook):
+    w = randn(5, 8, dtype=torch.float32).requires_grad_()
+    out = h.quantize_ste(w, group_size=4, codebook=codebook)
+    assert torch.equal(out, h.quantize(w, group_size=4, codebook=codebook))  # to the last bit
+    g = randn(5, 8, seed=1, dtype=torch.float32)
+    out.backward(g)
+    assert torch.equal(w.grad, g)
+
+
+def test_dead_zone_by_hand():
+    w, dw = f64([-1.0, 0.25, 0.25, 0.9, 0.1]), f64([0.4, 0.3, 0.2, -0.5, -0.7])  # gamma = 0.5: boundaries at +-0.25
+    assert h.dead_zone(w, dw).tolist() == [True, False, False, True, False]  # 0.25 is a tie, hence code 0
+    w = f64([0.0, 1.0, 2.0])  # gamma = 1, and stays that of w, though w + dw has another mean
+    assert h.dead_zone(w, f64([0.4, 5.0, 5.0])).tolist() == [True, True, True]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.2 the softmax kernel
+
+
+def test_golden_numbers_of_the_worked_example():
+    w = f64(W).requires_grad_()
+    H = h.soft_quantize(w, 0.3)
+    expected = [-0.583315, -0.566624, -0.305056, 0.052186, 0.452133, 0.582776]
+    torch.testing.assert_close(H, f64(expected), rtol=0, atol=1e-6)
+    H.backward(f64(G))
+    torch.testing.assert_close(w.grad, f64([0.000207, -0.371013, 5.011491, 0.339050, -1.163293, 0.012728]), rtol=0, atol=1e-5)
+    J = [0.000207, 0.185507, 1.670497, 0.678100, 1.163293, 0.006364]
+    torch.testing.assert_close(h.soft_quantize_jacobian(f64(W), 0.3), f64(J), rtol=0, atol=1e-5)
+    for tau, out in {
+        0.350886: [-0.583252, -0.555994, -0.302225, 0.065465, 0.432770, 0.581808],
+        0.1: [-0.583333, -0.583318, -0.333052, 0.000815, 0.569454, 0.583333],
+        0.0: [-0.583333, -0.583333, -0.583333, 0.0, 0.583333, 0.583333],
+    }.items():
+        torch.testing.assert_close(h.soft_quantize(f64(W), tau), f64(out), rtol=0, atol=1e-6)
+    half = [-0.891658, -0.583312, -0.302528, 0.076093, 0.426066, 0.741388]
+    torch.testing.assert_close(h.effective_weight(f64(W), 0.3, 0.5), f64(half), rtol=0, atol=1e-6)
+
+
+def test_the_question_about_w_at_0_3():  # mu = .274, Var = .254, J = 1.015 at tau = 0.5
+    pi = h.assignment_probs(f64([0.3]), 0.5, scale=ONE)[0]
+    mu = pi[2] - pi[0]
+    assert mu.item() == pytest.approx(0.274, abs=5e-4)
+    assert (pi[0] + pi[2] - mu**2).item() == pytest.approx(0.254, abs=5e-4)
+    assert h.soft_quantize_jacobian(f64([0.3]), 0.5, scale=ONE).item() == pytest.approx(1.015, abs=5e-4)
+
+
+def plain_H(w, tau, codebook, gamma):
+    """Eqs. (7) and (8) as printed, by torch.softmax over a stacked codebook; autograd does the rest."""
+    q = f64(codebook)
+    pi = torch.softmax(-((w[..., None] / gamma - q) ** 2) / tau, -1)
+    return gamma * (pi * q).sum(-1), pi
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("tau", [0.02, 0.3, 2.0])
+def test_kernel_and_lemma_4_1_against_the_printed_softmax(tau, codebook):
+    w, gamma = (2 * randn(40)).requires_grad_(), 0.7
+    H, pi = plain_H(w, tau, codebook, gamma)
+    (J,) = torch.autograd.grad(H.sum(), w, create_graph=True)
+    (dJ,) = torch.autograd.grad(J.sum(), w)
+    ours = h.soft_quantize(w, tau, codebook=codebook, scale=gamma * ONE)
+    (ours_J,) = torch.autograd.grad(ours.sum(), w, create_graph=True)
+    (ours_dJ,) = torch.autograd.grad(ours_J.sum(), w)
+    torch.testing.assert_close(h.assignment_probs(w, tau, codebook=codebook, scale=gamma * ONE), pi, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours, H, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(ours_J, J, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(ours_dJ, dJ, rtol=1e-7, atol=1e-8)
+    q = f64(codebook)
+    variance = (pi * q**2).sum(-1) - (pi * q).sum(-1) ** 2  # Eqs. (16) and (17)
+    torch.testing.assert_close(h.soft_quantize_jacobian(w, tau, codebook=codebook, scale=gamma * ONE), 2 / tau * variance,
+                               rtol=1e-8, atol=1e-10)  # fmt: skip
+
+
+@pytest.mark.parametrize("tau", [0.05, 0.3, 1.0])
+def test_closed_forms(tau):
+    z = 1.5 * randn(50)
+    ternary = torch.sinh(2 * z / tau) / (torch.cosh(2 * z / tau) + 0.5 * math.exp(1 / tau))
+    torch.testing.assert_close(h.soft_quantize(z, tau, scale=ONE), ternary, rtol=1e-10, atol=1e-12)
+    binary = torch.tanh(2 * z / tau)
+    torch.testing.assert_close(h.soft_quantize(z, tau, codebook=h.BINARY, scale=ONE), binary, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("tau", [1e-3, 1e-2, 0.1, 0.5, 2.0])
+def test_gradcheck_and_gradgradcheck(tau, codebook):
+    # away from the boundaries by a few tau, on them to a fraction of tau, and in general position
+    near = [b + c * tau for b in (-1.0, -0.5, 0.0, 0.5, 1.0) for c in (-0.4, 0.1, 0.7)]
+    w = torch.cat([f64(near), 1.2 * randn(9)]).view(3, 8).requires_grad_()
+    scale = f64([[1.0], [0.8], [1.3], [1.0], [0.9], [1.1]])
+
+    def H(w):
+        return h.soft_quantize(w, tau, group_size=4, codebook=codebook, scale=scale)
+
+    eps = 1e-3 * min(tau, 0.1)  # finite differences have to resolve the width tau
+    assert gradcheck(H, (w,), eps=eps, atol=1e-4 / tau, rtol=1e-4)
+    assert gradgradcheck(H, (w,), eps=eps, atol=1e-3 / tau**2, rtol=1e-3)
+
+    def W_eff(w):
+        return h.effective_weight(w, tau, 0.6, group_size=4, codebook=codebook, scale=scale)
+
+    assert gradcheck(W_eff, (w,), eps=eps, atol=1e-4 / tau, rtol=1e-4)
+
+
+def test_a_tau_of_one_dimension_zero_is_the_same_as_a_float():
+    w = randn(4, 8).requires_grad_()
+    for codebook in CODEBOOKS:
+        a = h.effective_weight(w, 0.2, 0.7, 4, codebook)
+        b = h.effective_weight(w, torch.tensor(0.2, dtype=torch.float64), torch.tensor(0.7, dtype=torch.float64), 4, codebook)
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(torch.autograd.grad(a.sum(), w), torch.autograd.grad(b.sum(), w))
+
+
+def test_only_w_and_its_scales_are_saved_for_backward():
+    w = torch.randn(64, 128, requires_grad=True)
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(t) or t, lambda t: t):
+        h.effective_weight(w, 0.3, 0.5, group_size=64)
+    assert [t.data_ptr() == w.data_ptr() for t in seen if t.numel() == w.numel()] == [True]
+    assert sum(t.numel() for t in seen) == w.numel() + 128
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Section 4 and Appendix A
+
+
+def test_lemma_4_1_by_central_differences():
+    w, eps = 1.5 * randn(200), 1e-6
+    for tau in (0.05, 0.3, 1.0):
+        for codebook in CODEBOOKS:
+            H = lambda w, t=tau, c=codebook: h.soft_quantize(w, t, codebook=c, scale=ONE)
+            numeric = (H(w + eps) - H(w - eps)) / (2 * eps)
+            torch.testing.assert_close(h.soft_quantize_jacobian(w, tau, codebook=codebook, scale=ONE), numeric,
+                                       rtol=1e-5, atol=1e-6)  # fmt: skip
+
+
+def bump(w):
+    """A test function: smooth, zero outside (-2, 2), not symmetric."""
+    inside = w.abs() < 2
+    return torch.where(inside, torch.exp(-1 / (1 - (w / 2).clamp(-0.999999, 0.999999) ** 2)) * (1 + 0.5 * w), 0.0)
+
+
+def integral(f, x):
+    return torch.trapezoid(f, x).item()
+
+
+def test_lemma_4_2_and_its_rate():
+    gamma = 0.8
+    w = torch.linspace(-2, 2, 400_001, dtype=torch.float64)
+    b = f64([-gamma / 2, gamma / 2])  # Eq. (5)
+    limit = gamma * bump(b).sum().item()  # Eq. (20)
+    eps = 1e-4
+    curvature = ((bump(b + eps) - 2 * bump(b) + bump(b - eps)) / eps**2).sum().item()
+    errors = []
+    for tau in (0.08, 0.04, 0.02, 0.01):
+        J = h.soft_quantize_jacobian(w, tau, scale=gamma * ONE)
+        errors.append(integral(J * bump(w), w) - limit)
+        # near a boundary J is a logistic density of variance (pi gamma tau)^2 / 12, so the error starts with phi''
+        assert errors[-1] == pytest.approx(gamma**3 * curvature * math.pi**2 * tau**2 / 24, rel=0.1)
+    assert all(3.7 < a / b < 4.3 for a, b in zip(errors, errors[1:]))  # second order: half the tau, a quarter of the error
+    mass = integral(h.soft_quantize_jacobian(w, 0.01, scale=gamma * ONE), w)
+    assert mass == pytest.approx(2 * gamma, rel=1e-6)  # gamma at each boundary
+
+
+def test_appendix_A1_equations_21_to_27():
+    gamma, tau, q = 0.7, 0.4, f64(h.TERNARY)
+    w = randn(30).requires_grad_()
+    grad = lambda y, x: torch.autograd.grad(y.sum(), x, create_graph=True)[0]
+    close = lambda a, b: torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    close(grad(w / gamma, w), torch.full_like(w, 1 / gamma))  # (21)
+    z = (w / gamma).detach().requires_grad_()
+    a = torch.exp(-((z[:, None] - q) ** 2) / tau)  # (30, 3)
+    Z = a.sum(1)
+    pi = a / Z[:, None]
+    mu, var = (pi * q).sum(1), (pi * q**2).sum(1) - (pi * q).sum(1) ** 2
+    for k in range(3):
+        close(grad(a[:, k], z), -2 * (z - q[k]) / tau * a[:, k])  # (22)
+    close(grad(Z, z), -2 / tau * ((z[:, None] - q) * a).sum(1))  # (23)
+    for k in range(3):
+        sum_k = ((z[:, None] - q) * pi).sum(1)
+        close(grad(pi[:, k], z), -2 / tau * pi[:, k] * (z - q[k]) + 2 / tau * pi[:, k] * sum_k)  # (24)
+        close(sum_k, z - mu)
+        close(grad(pi[:, k], z), 2 / tau * pi[:, k] * (q[k] - mu))  # (25)
+    close(grad(mu, z), 2 / tau * var)  # (26)
+    close(grad(h.soft_quantize(w, tau, scale=gamma * ONE), w), 2 / tau * var)  # (27), of our own H
+
+
+def test_appendix_A2_equations_28_to_36():
+    gamma, taus = 0.8, [0.2, 0.05, 0.0125]
+    w = torch.linspace(-2, 2, 200_001, dtype=torch.float64)
+    Q = gamma * ((w > gamma / 2).double() - (w < -gamma / 2).double())  # (28)
+    off = (w.abs() - gamma / 2).abs() > 1e-9
+    assert torch.equal(h.quantize(w, scale=gamma * ONE)[off], Q[off])
+    z = w / gamma
+    near = (Q / gamma)[:, None]
+    for tau in taus:
+        pi = h.assignment_probs(w, tau, scale=gamma * ONE)
+        top = torch.where(near == f64(h.TERNARY), pi, 0).sum(1, keepdim=True)
+        gap = (z[:, None] - f64(h.TERNARY)) ** 2 - (z[:, None] - near) ** 2
+        torch.testing.assert_close((pi / top)[off], torch.exp(-gap / tau)[off], rtol=1e-9, atol=1e-15)  # (29)
+    apart = (w.abs() - gamma / 2).abs() > 0.1
+    assert (h.soft_quantize(w, 0.005, scale=gamma * ONE) - Q)[apart].abs().max() < 1e-9  # (30), (31)
+    phi = bump(w)
+    dphi = torch.gradient(phi, spacing=(w,))[0]
+    minus_Q = -integral(Q * dphi, w)
+    gaps = []
+    for tau in taus:
+        H = h.soft_quantize(w, tau, scale=gamma * ONE)
+        left = integral(h.soft_quantize_jacobian(w, tau, scale=gamma * ONE) * phi, w)
+        assert left == pytest.approx(-integral(H * dphi, w), abs=1e-6)  # (32), integration by parts
+        assert (H.abs() <= gamma).all()  # the dominating function of (33)
+        gaps.append(abs(-integral(H * dphi, w) - minus_Q))
+    assert gaps[0] > 10 * gaps[1] > 100 * gaps[2]  # (33), (34): the integrals converge
+    left, right = w < -gamma / 2, w > gamma / 2
+    parts = -gamma * integral(dphi[left], w[left]) + gamma * integral(dphi[right], w[right])
+    b = bump(f64([-gamma / 2, gamma / 2]))
+    assert parts == pytest.approx((-gamma * b[0] - gamma * b[1]).item(), abs=1e-4)  # (35)
+    assert integral(Q * dphi, w) == pytest.approx((-gamma * b.sum()).item(), abs=1e-4)  # (36)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# extremes
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+def test_value_and_derivative_stay_finite(dtype, codebook):
+    inputs = {
+        "zeros": torch.zeros(8),
+        "one giant": torch.tensor([3e4] + [1e-3] * 7),
+        "all equal": torch.full((8,), 0.25),
+        "tiny": torch.full((8,), 6e-8) * torch.tensor([1, -1, 2, 0, 1, 1, -3, 1]),
+        "boundaries": torch.tensor([-0.5, 0.5, 0.5, -0.5, 1.0, -1.0, 0.0, 0.0]),
+    }
+    for name, w in inputs.items():
+        for tau in (0.0, 1e-45, 1e-30, 1e-10, 1e-3, 1.0, 1e10, 1e30, math.inf):
+            for scale in (None, torch.ones(2, 1)):
+                w_ = w.to(dtype).requires_grad_()
+                H = h.soft_quantize(w_, tau, group_size=4, codebook=codebook, scale=scale)
+                H.sum().backward()
+                J = h.soft_quantize_jacobian(w_, tau, group_size=4, codebook=codebook, scale=scale)
+                pi = h.assignment_probs(w_, tau, group_size=4, codebook=codebook, scale=scale)
+                where = (name, tau, scale is None)
+                assert H.dtype == J.dtype == pi.dtype == dtype and w_.grad.dtype == dtype, where
+                assert all(torch.isfinite(x).all() for x in (H, J, pi, w_.grad)) and (J >= 0).all(), where
+                if tau <= 1e-10 and name != "boundaries" and scale is None:
+                    z = w_.detach().double().reshape(2, 4) / h.absmean_scale(w_, 4)
+                    distances = (z[..., None] - f64(codebook)).abs().sort().values  # (2, 4, K)
+                    clear = (distances[..., 1] - distances[..., 0] > 1e-3).flatten()
+                    Q = h.quantize(w_, group_size=4, codebook=codebook)
+                    assert torch.equal(H[clear], Q[clear]), where
+                if tau >= 1e10:
+                    assert H.abs().max() <= 1e-3 * (1 if scale is not None else h.absmean_scale(w_.float()).max() * 4), where
+
+
+def test_results_in_half_precision_are_the_rounded_float32_ones():
+    for dtype in (torch.bfloat16, torch.float16):
+        w = randn(4, 32, dtype=torch.float32).to(dtype)
+        for f in (lambda w: h.soft_quantize(w, 0.3, 8), lambda w: h.quantize(w, 8), lambda w: h.soft_quantize_jacobian(w, 0.3, 8)):
+            assert torch.equal(f(w), f(w.float()).to(dtype))
+
+
+def test_empty_tensors_and_scalars():
+    for shape in ((0,), (0, 8), (3, 0)):
+        w = torch.zeros(shape, requires_grad=True)
+        assert h.soft_quantize(w, 0.3).shape == h.quantize(w).shape == h.dead_zone(w, w).shape == shape
+        h.soft_quantize(w, 0.3).sum().backward()
+        assert h.assignment_probs(w, 0.3).shape == (*shape, 3)
+    assert h.soft_quantize(torch.zeros(0, 8), 0.3, group_size=4).shape == (0, 8)
+    assert h.quantize(torch.tensor(-2.0)).item() == pytest.approx(-2.0)
+
+
+@pytest.mark.parametrize("tau", [-0.1, -math.inf, math.nan])
+def test_a_tau_out_of_range_is_refused(tau):
+    for f in (h.soft_quantize, h.soft_quantize_jacobian, h.assignment_probs):
+        with pytest.raises(ValueError, match="expected a temperature >= 0"):
+            f(torch.ones(2), tau)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# schedules and tau_init
+
+
+def test_schedules_by_hand():
+    assert [h.pressure(t, 100, 0.2) for t in (0, 5, 10, 20, 99)] == [0.0, 0.25, 0.5, 1.0, 1.0]
+    assert h.pressure(0, 100, 0.0) == 1.0 and h.pressure(50, 100, 1.0) == 0.5
+    tau = lambda t, rho=0.2: h.base_temperature(t, 100, rho, 0.3)
+    assert tau(0) == tau(20) == 0.3 and tau(60) == pytest.approx(0.15) and tau(100) == 0.0 == tau(120)
+    assert tau(40) == pytest.approx(0.15 * (1 + math.cos(math.pi / 4)))
+    assert tau(99, 1.0) == 0.3 and tau(100, 1.0) == 0.0  # rho = 1 leaves no annealing
+    assert tau(50, 0.0) == pytest.approx(0.15)
+    # the last step of Algorithm 1 is t = T - 1: still soft, by about 2.5 tau_init / (T - T_comp)^2
+    T = 10_000
+    assert h.base_temperature(T - 1, T, 0.2, 0.3) == pytest.approx(math.pi**2 / 4 * 0.3 / (0.8 * T) ** 2, rel=1e-3)
+    for s in (0.0, 0.3, 1.0):
+        assert h.temperature(30, 100, 0.2, 0.3, s, 0.4) == pytest.approx(tau(30) * math.exp(0.4 * s))
+    assert h.temperature(5, 100, 0.2, 0.3, 1.0, 0.4) == pytest.approx(0.3 * math.exp(0.4))  # already while compressing
+    curve = [tau(t) for t in range(101)]
+    assert all(a >= b for a, b in zip(curve, curve[1:]))
+
+
+@pytest.mark.parametrize("rho", [-0.1, 1.1, math.nan])
+def test_a_rho_out_of_range_is_refused(rho):
+    for f in (lambda: h.pressure(0, 10, rho), lambda: h.base_temperature(0, 10, rho, 0.3)):
+        with pytest.raises(ValueError, match="rho between 0 and 1"):
+            f()
+
+
+def test_tau_init_minimises_the_squared_error():
+    assert h.optimal_tau_init([randn(1 << 20, dtype=torch.float32)]) == pytest.approx(0.3509, abs=0.004)  # Gaussian weights
+    weights = [randn(16, 32), 5 * randn(8, 32, seed=1) ** 3]  # in the weights' own units: the second tensor dominates
+    for codebook in CODEBOOKS:
+        best = h.optimal_tau_init(weights, 8, codebook)
+        error = lambda tau, c=codebook: sum((h.soft_quantize(w, tau, 8, c) - w).square().sum() for w in weights).item()
+        assert error(best) <= min(error(tau) for tau in np.geomspace(0.011, 9, 200)) * (1 + 1e-6)
+    assert h.optimal_tau_init({"a": weights[0]}, 8) == h.optimal_tau_init(weights[0], 8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Hutch++ and scores
+
+
+def symmetric(spectrum, seed=0):
+    Q = torch.linalg.qr(randn(len(spectrum), len(spectrum), seed=seed)).Q
+    return (Q * f64(spectrum)) @ Q.T
+
+
+def test_hutchpp_is_exact_when_the_sketch_covers_the_range():
+    H = symmetric([5.0, -3.0, 2.0, 0.5] + [0.0] * 46)
+    for seed in range(5):
+        trace = h.hutchpp(lambda V: H @ V, 50, rank=4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        assert trace == pytest.approx(4.5, abs=1e-12)
+    H = symmetric(np.linspace(-1, 3, 6))
+    assert h.hutchpp(lambda V: H @ V, 6, rank=10, samples=1, dtype=torch.float64) == pytest.approx(6.0, abs=1e-12)
+    assert h.hutchpp(lambda V: 0 * V, 6) == 0.0
+
+
+def test_hutchpp_counts_its_products_and_repeats():
+    counted, H = [], symmetric(np.linspace(0, 1, 60))
+    f = lambda V: counted.append(V.shape[1]) or H @ V
+    a = h.hutchpp(f, 60, 10, 20, torch.Generator().manual_seed(3), torch.float64)
+    assert sum(counted) == 40
+    assert a == h.hutchpp(f, 60, 10, 20, torch.Generator().manual_seed(3), torch.float64)
+    with pytest.raises(ValueError, match="samples >= 1"):
+        h.hutchpp(f, 60, samples=0)
+
+
+def bias_in_standard_errors(estimate, truth, seeds=3000):
+    values = f64([estimate(torch.Generator().manual_seed(s)) for s in range(seeds)])
+    return abs((values.mean() - truth) / (values.std() / seeds**0.5)).item()
+
+
+def test_hutchpp_is_unbiased_and_its_mutants_are_not():
+    H = symmetric([3.0 / k * (-1) ** (k % 3 == 0) for k in range(1, 31)])
+    truth = H.trace().item()
+
+    def variant(generator, over_m=True, independent=True, projected=True, r=3, m=4):
+        sign = lambda k: (2 * torch.randint(0, 2, (30, k), generator=generator) - 1).double()
+        S, Gm = sign(r), sign(m)
+        if not independent:
+            Gm = torch.cat([S, Gm[:, r:]], 1)
+        Q = torch.linalg.qr(H @ S).Q
+        Gm = Gm - Q @ (Q.T @ Gm) if projected else Gm
+        return ((Q * (H @ Q)).sum() + (Gm * (H @ Gm)).sum() / (m if over_m else 1)).item()
+
+    ours = lambda g: h.hutchpp(lambda V: H @ V, 30, 3, 4, g, torch.float64)
+    assert bias_in_standard_errors(ours, truth) < 4
+    assert bias_in_standard_errors(variant, truth) < 4
+    assert bias_in_standard_errors(lambda g: variant(g, over_m=False), truth) > 4  # Eq. (12) to the letter
+    assert bias_in_standard_errors(lambda g: variant(g, independent=False), truth) > 4
+    assert bias_in_standard_errors(lambda g: variant(g, projected=False), truth) > 4
+
+
+def test_hutchpp_beats_hutchinson_on_a_decaying_spectrum():
+    spectrum = 1 / np.arange(1, 201) ** 2
+    H, truth = symmetric(spectrum), spectrum.sum()
+
+    def hutchinson(generator, products=40):
+        G_ = (2 * torch.randint(0, 2, (200, products), generator=generator) - 1).double()
+        return ((G_ * (H @ G_)).sum() / products).item()
+
+    rms = lambda f: np.sqrt(np.mean([(f(torch.Generator().manual_seed(s)) - truth) ** 2 for s in range(60)]))
+    assert 5 * rms(lambda g: h.hutchpp(lambda V: H @ V, 200, 10, 20, g, torch.float64)) < rms(hutchinson)
+
+
+def tiny_llama(seed=0, **changes):
+    torch.manual_seed(seed)
+    shape = dict(vocab_size=17, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+                 num_key_value_heads=1, rope_theta=10000.0)  # fmt: skip
+    model = h.Llama(h.LlamaConfig(**{**shape, **changes})).double()
+    for p in model.parameters():  # livelier than the initialisation, so that curvature is everywhere
+        p.data = p.data + 0.2 * torch.randn_like(p)
+    return model
+
+
+def test_traces_of_a_tiny_llama_against_the_dense_hessian():
+    model = tiny_llama()
+    params = h.Hestia(model, 1, method="full", group_size=None).weights
+    ids = torch.randint(0, 17, (4, 9), generator=torch.Generator().manual_seed(1))
+    batches = [ids[:2], ids[2:]]
+    loss_fn = lambda batch: model(batch[:, :-1], batch[:, 1:])
+    model.model.norm.weight.grad = marker = torch.ones(8).double()
+    traces = h.hessian_traces(loss_fn, params, batches, rank=160, samples=1)  # the sketch covers every block
+    few = h.hessian_traces(loss_fn, params, batches, generator=torch.Generator().manual_seed(0))
+    assert model.model.norm.weight.grad is marker and all(w.grad is None for w in params.values())
+    for name, w in params.items():
+
+        def loss_of(flat, name=name, w=w):
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                out = functional_call(model, {name + ".weight": flat.view_as(w)}, (ids[:, :-1], ids[:, 1:]))
+            return out
+
+        exact = torch.autograd.functional.hessian(loss_of, w.detach().flatten()).trace().item()
+        assert traces[name].value == pytest.approx(exact, abs=1e-10), name
+        assert abs(few[name].value - exact) < 6 * few[name].stderr and few[name].products == 40, name
+
+
+def test_hessian_traces_refuse_what_they_cannot_do():
+    w = torch.ones(3, requires_grad=True)
+    with pytest.raises(ValueError, match="unknown trace estimator 'magic'"):
+        h.hessian_traces(lambda b: w.sum(), {"w": w}, [0], estimator="magic")
+    with pytest.raises(ValueError, match="no calibration batches"):
+        h.hessian_traces(lambda b: w.sum(), {"w": w}, [])
+    assert h.hessian_traces(lambda b: (3 * w).sum(), {"w": w}, [0])["w"].value == 0.0  # a linear loss has no curvature
+
+
+def test_scores_by_hand():
+    scores = h.sensitivity_scores({"a": 1.0, "b": 100.0})  # logs -+ln 10 around their mean: standardised to -+1
+    assert scores["a"] == pytest.approx(1 / (1 + math.e)) and scores["b"] == pytest.approx(1 / (1 + math.exp(-1)))
+    assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=2.0)["b"] == pytest.approx(1 / (1 + math.exp(-2)))
+    assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
+    assert h.sensitivity_scores({"a": 0.1, "b": 0.1, "c": 0.1}) == pytest.approx(dict.fromkeys("abc", 0.5), abs=1e-6)
+
+
+def test_traces_that_are_not_positive():
+    with pytest.warns(UserWarning, match=r"not positive for n: floored at 1\b"):
+        scores = h.sensitivity_scores({"a": 2.0, "b": 200.0, "n": -42.5})
+    assert scores == pytest.approx(h.sensitivity_scores({"a": 2.0, "b": 200.0, "n": 1.0}))  # half the smallest, not |-42.5|
+    noise = h.TraceEstimate(1e-6, 1.0, True, 40)  # positive by luck: does not drag the floor down
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        floored = h.sensitivity_scores({"a": h.TraceEstimate(2.0, 0.1, False, 40), "b": 200.0, "noise": noise})
+    assert floored == pytest.approx(h.sensitivity_scores({"a": 2.0, "b": 200.0, "noise": 1.0}))
+    with pytest.raises(ValueError, match="no Hessian trace is positive"):
+        h.sensitivity_scores({"a": -1.0, "b": 0.0})
+    with pytest.raises(ValueError, match="not finite for b"):
+        h.sensitivity_scores({"a": 1.0, "b": math.nan})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+def stacked_H(w, tau, gamma):
+    """Eq. (8) for groups: w (n_groups, g), gamma (n_groups, 1)."""
+    q = f64(h.TERNARY)
+    pi = torch.softmax(-((w[..., None] / gamma[..., None] - q) ** 2) / tau, -1)  # (n_groups, g, 3)
+    return gamma * (pi * q).sum(-1)
+
+
+def naive_algorithm_1(model, batches, T, alpha, scores, tau_init, lr, group_size, micro_batches):
+    """Algorithm 1 as printed: a forward per micro-batch through Eqs. (7)-(9), plain autograd, no relax or pull_back."""
+    latents = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
+    quantized = {n + ".weight" for n in scores}
+    optimizer = torch.optim.AdamW(h.param_groups(latents.values(), 0.1), lr=lr, betas=(0.9, 0.95))
+    losses = []
+    for t in range(T):
+        T_comp = 0.2 * T
+        p = min(1.0, t / T_comp)
+        base = tau_init if t < T_comp else tau_init / 2 * (1 + math.cos(math.pi * (t - T_comp) / (T - T_comp)))
+        total = 0.0
+        for x, y in zip(batches[t][0].chunk(micro_batches), batches[t][1].chunk(micro_batches)):
+            effective = {}
+            for name, w in latents.items():
+                if name in quantized:
+                    tau = base * math.exp(alpha * scores[name.removesuffix(".weight")])
+                    gamma = w.detach().reshape(-1, group_size).abs().mean(1, keepdim=True) + 1e-8
+                    H = stacked_H(w.reshape(-1, group_size), tau, gamma)
+                    effective[name] = (1 - p) * w + p * H.view_as(w)
+                else:
+                    effective[name] = w
+            loss = functional_call(model, effective, (x, y)) / micro_batches
+            loss.backward()
+            total += loss.item()
+        losses.append(total)
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, latents
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_algorithm_1_equals_its_naive_form(micro_batches):
+    T, group_size = 12, 4
+    model = tiny_llama()
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(0, 17, (T, 4, 9), generator=generator)
+    batches = [(b[:, :-1], b[:, 1:]) for b in ids]
+    names = list(h.Hestia(model, 1, method="full", group_size=None).weights)
+    scores = {name: k / len(names) for k, name in enumerate(names)}
+    expected, latents = naive_algorithm_1(copy.deepcopy(model), batches, T, 0.4, scores, 0.3, 1e-2, group_size, micro_batches)
+
+    qat = h.Hestia(model, T, group_size=group_size, scores=scores, tau_init=0.3)
+    optimizer = torch.optim.AdamW(qat.param_groups(0.1), lr=1e-2, betas=(0.9, 0.95))
+    losses = []
+    for t in range(T):
+        qat.relax(t)
+        total = 0.0
+        for x, y in zip(batches[t][0].chunk(micro_batches), batches[t][1].chunk(micro_batches)):
+            loss = model(x, y) / micro_batches
+            loss.backward()
+            total += loss.item()
+        qat.pull_back()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    assert losses == pytest.approx(expected, abs=1e-11)
+    for name, w in qat.latents.items():
+        torch.testing.assert_close(w.detach(), latents[name + ".weight"].detach(), rtol=1e-8, atol=1e-10)
+    qat.harden()
+    for name, w in qat.weights.items():
+        Q = h.quantize(qat.latents[name].detach(), group_size)
+        assert torch.equal(w.sign(), Q.sign())  # the codes are Q's
+        assert ((w - Q).abs() <= 0.004 * Q.abs()).all()  # the scales are Q's, rounded to bfloat16
+        assert torch.equal(w, w.bfloat16().double())
+
+
+def test_relax_and_pull_back_gradients_are_those_of_eq_19():
+    model = tiny_llama()
+    qat = h.Hestia(model, 10, group_size=8, tau_init=0.2, method="hestia-no-hessian")
+    x = torch.randint(0, 17, (2, 6))
+    qat.relax(1)
+    weights = {name: w.detach().clone() for name, w in qat.weights.items()}
+    model(x, x).backward()
+    upstream = {name: w.grad.clone() for name, w in qat.weights.items()}
+    qat.pull_back()
+    for name, w in qat.latents.items():
+        tau, p = h.temperature(1, 10, 0.2, 0.2, 0.0, 0.0), h.pressure(1, 10, 0.2)
+        torch.testing.assert_close(weights[name], h.effective_weight(w.detach(), tau, p, 8))
+        J = (1 - p) + p * h.soft_quantize_jacobian(w.detach(), tau, 8)
+        torch.testing.assert_close(w.grad, upstream[name] * J)
+        assert qat.weights[name].grad is None
+    with pytest.raises(RuntimeError, match=r"call relax\(t\)"):
+        qat.pull_back()
+
+
+def test_hard_shows_Q_and_puts_everything_back():
+    model = tiny_llama()
+    qat = h.Hestia(model, 10, group_size=8)
+    qat.relax(3)
+    x = torch.randint(0, 17, (2, 6))
+    model(x, x).backward()
+    before = {name: (w.detach().clone(), w.grad.clone()) for name, w in qat.weights.items()}
+    with pytest.raises(KeyError), qat.hard() as shown:
+        assert shown is model
+        for w in qat.weights.values():
+            assert all(len(group.abs().unique()) <= 2 for group in w.detach().reshape(-1, 8))
+        with qat.hard():
+            pass
+        raise KeyError  # what goes wrong inside must not leave the hard weights behind
+    for name, w in qat.weights.items():
+        assert torch.equal(w.detach(), before[name][0]) and torch.equal(w.grad, before[name][1])
+    qat.pull_back()  # still possible: nothing was recomputed
+    with qat.hard():
+        hard = model(x, x).item()
+    qat.harden()
+    assert model(x, x).item() == hard
+
+
+def test_which_layers_are_quantized():
+    tied, untied = tiny_llama(), tiny_llama(tie_word_embeddings=False)
+    for model in (tied, untied):
+        names = list(h.Hestia(model, 1, method="full", group_size=None).weights)
+        assert len(names) == 14 and not any("lm_head" in name or "embed" in name for name in names)
+    only = h.Hestia(tied, 1, targets=lambda name, module: name.endswith("up_proj"), group_size=4)
+    assert list(only.weights) == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+    b.weight = a.weight  # two layers, one weight: one latent
+    shared = h.Hestia(nn.Sequential(a, b), 1, group_size=4, dtype=torch.bfloat16)
+    assert len(shared.latents) == 1 and a.weight is b.weight and a.weight.dtype == torch.bfloat16
+    assert len(shared.parameters()) == 3  # one latent, two biases
+    decayed, free = shared.param_groups(0.1)
+    assert len(decayed["params"]) == 1 and len(free["params"]) == 2 and free["weight_decay"] == 0
+
+
+def test_latents_are_float32_and_effective_weights_in_the_chosen_dtype():
+    model = tiny_llama().float()
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    qat = h.Hestia(model, 10, group_size=4, dtype=torch.bfloat16)
+    for name, w in qat.latents.items():
+        assert torch.equal(w.detach(), original[name + ".weight"]) and qat.weights[name].dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == model.lm_head.weight.dtype == torch.float32
+    qat.relax(0)
+    for name, w in qat.weights.items():
+        w.grad = torch.ones_like(w)
+    qat.pull_back()
+    assert all(w.grad.dtype == torch.float32 for w in qat.latents.values())
+
+
+def test_hestia_refuses_bad_input():
+    model = nn.Sequential(nn.Linear(12, 4), nn.Linear(4, 3))
+    bad = lambda **k: h.Hestia(model, **{"total_steps": 10, "group_size": 4, **k})
+    with pytest.raises(ValueError, match="unknown method 'magic'; expected one of full, absmean"):
+        bad(method="magic")
+    with pytest.raises(ValueError, match="0: group size 5 does not divide the input dimension 12; 4 would"):
+        bad(group_size=5)
+    with pytest.raises(ValueError, match="rho between 0 and 1"):
+        bad(rho=2.0)
+    with pytest.raises(ValueError, match="expected T > 0"):
+        bad(total_steps=0)
+    for tau in (-0.3, 0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="expected a positive temperature"):
+            bad(tau_init=tau)
+    with pytest.raises(ValueError, match="alpha is nan"):
+        bad(alpha=math.nan)
+    with pytest.raises(ValueError, match="no sensitivity score for 1;"):
+        bad(scores={"0": 0.5})
+    with pytest.raises(ValueError, match="nothing to quantize"):
+        h.Hestia(nn.Sequential(nn.ReLU()), 10)
+    with pytest.warns(UserWarning, match="rho = 1"):
+        bad(rho=1.0)
+    model[1].weight.data[0, 0] = math.nan
+    with pytest.raises(ValueError, match="the weights of 1 hold NaN"):
+        bad()
+
+
+def test_state_dict_round_trip():
+    model = tiny_llama()
+    qat = h.Hestia(model, 10, group_size=8, scores={n: 0.3 for n in h.Hestia(model, 1, group_size=8).weights})
+    with torch.no_grad():
+        for w in qat.latents.values():
+            w.add_(1.0)
+    other = h.Hestia(tiny_llama(seed=1), 10, group_size=8)
+    other.load_state_dict(qat.state_dict())
+    assert other.scores == qat.scores and other.tau_init == qat.tau_init
+    assert all(torch.equal(other.latents[n], w) for n, w in qat.latents.items())
+    with pytest.raises(ValueError, match="of method 'hestia'"):
+        h.Hestia(tiny_llama(), 10, group_size=8, method="absmean").load_state_dict(qat.state_dict())
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_model_sees_the_effective_weights_and_a_changed_dtype():
+    model = h.Llama(h.LlamaConfig(vocab_size=17, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    compiled, x = torch.compile(model), torch.randint(0, 17, (2, 8))
+    compiled(x, x).backward()  # compiled for float32 weights first
+    qat = h.Hestia(model, 4, group_size=16, dtype=torch.bfloat16, compile=True)
+    plain = h.Hestia(copy.deepcopy(model), 4, group_size=16, tau_init=qat.tau_init)
+    for t in range(3):
+        qat.relax(t)
+        plain.load_state_dict(qat.state_dict())
+        plain.relax(t)
+        for name, w in qat.weights.items():
+            torch.testing.assert_close(w, plain.weights[name], rtol=1e-2, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(x, x)
+            assert loss.item() == pytest.approx(model(x, x).item(), abs=0.02)
+        loss.backward()
+        qat.pull_back()
+        with torch.no_grad():
+            for w in qat.parameters():
+                w -= 2 * w.grad
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# the model and the loop
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 32}  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("scaling", [None, LLAMA3])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_logits_equal_those_of_transformers(tied, scaling, kv_heads):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = dict(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=kv_heads, tie_word_embeddings=tied, rms_norm_eps=1e-5, head_dim=16)  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **shape, max_position_embeddings=256,
+        rope_parameters={"rope_theta": 500000.0, **(scaling or {"rope_type": "default"})},
+    ))  # fmt: skip
+    for p in theirs.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    ours = h.Llama(h.LlamaConfig(**shape, rope_theta=500000.0, rope_scaling=scaling))
+    ours.load_state_dict(theirs.state_dict())  # the same names, all of them
+    ids = torch.randint(0, 50, (2, 200))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=2e-4)
+        loss = theirs(ids, labels=ids).loss
+        torch.testing.assert_close(ours(ids[:, :-1], ids[:, 1:]), loss, rtol=1e-5, atol=1e-5)
+        if scaling:  # and the scaling matters here
+            ours.config.rope_scaling = None
+            assert (ours(ids) - theirs(ids).logits).abs().max() > 0.05
+
+
+def test_rope_frequencies_of_llama_3_2_by_hand():
+    config = h.LlamaConfig(rope_scaling={**LLAMA3, "factor": 32.0, "original_max_position_embeddings": 8192})
+    f = h.rope_frequencies(config)
+    assert f.shape == (32,) and f[0] == 1.0 and f[-1] == pytest.approx(500000 ** (-62 / 64) / 32)
+    plain = h.rope_frequencies(h.LlamaConfig())
+    wavelength = 2 * math.pi / plain
+    assert torch.equal(f[wavelength < 2048], plain[wavelength < 2048])
+    torch.testing.assert_close(f[wavelength > 8192], plain[wavelength > 8192] / 32)
+    between = (wavelength >= 2048) & (wavelength <= 8192)
+    assert between.any() and ((f < plain) & (f > plain / 32))[between].all()
+
+
+def test_llama_config_refuses_what_it_cannot_compute():
+    with pytest.raises(ValueError, match="rope_scaling of type 'yarn'"):
+        h.LlamaConfig(rope_scaling={"rope_type": "yarn"})
+    with pytest.raises(ValueError, match="cannot share 5 key-value heads"):
+        h.LlamaConfig(num_key_value_heads=5)
+
+
+def test_the_loss_in_pieces_equals_the_loss_at_once():
+    model = tiny_llama()
+    x = torch.randn(60, 8, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(0, 17, (60,))
+    whole = model.loss(x, y)
+    pieces = model.loss(x, y, budget=17 * 7)
+    torch.testing.assert_close(whole, pieces)
+    parameters = [x, model.lm_head.weight]
+    torch.testing.assert_close(torch.autograd.grad(whole, parameters), torch.autograd.grad(pieces, parameters))
+    expected = nn.functional.cross_entropy(model.lm_head(x), y)
+    torch.testing.assert_close(whole.float(), expected.float())
+
+
+def test_learning_rate_by_hand():
+    lr = [h.learning_rate(t, 1000, 2.0) for t in range(1000)]
+    assert lr[0] == pytest.approx(0.04) and lr[49] == 2.0 and lr[899] == 2.0 and lr[950] == pytest.approx(1.1)
+    assert max(lr) == 2.0 and lr[-1] == pytest.approx(0.2, abs=0.02)
+
+
+def test_evaluate_predicts_every_token_of_each_block_but_the_first():
+    model = tiny_llama()
+    tokens = torch.randint(0, 17, (43,), dtype=torch.uint8)
+    total = count = 0
+    for block in tokens.long().split(10):  # the last block has 3 tokens
+        logits = model(block[None, :-1])[0]
+        total += nn.functional.cross_entropy(logits, block[1:], reduction="sum").item()
+        count += len(block) - 1
+    assert count == 38
+    assert h.evaluate(model, tokens, 10, batch_size=3) == pytest.approx(total / count, rel=1e-6)
+    with pytest.raises(ValueError, match="1 tokens hold no block"):
+        h.evaluate(model, tokens[:1], 10)
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    tokens = torch.arange(1000) % 251
+    x, y = h.batch_at(tokens.to(torch.uint8), 7, 4, 16, seed=3)
+    assert x.shape == y.shape == (4, 16) and torch.equal(x[:, 1:], y[:, :-1]) and x.dtype == torch.int64
+    assert torch.equal(x, h.batch_at(tokens.to(torch.uint8), 7, 4, 16, seed=3)[0])
+    assert not torch.equal(x, h.batch_at(tokens.to(torch.uint8), 8, 4, 16, seed=3)[0])
+    with pytest.raises(ValueError, match="need one more"):
+        h.batch_at(tokens[:16], 0, 4, 16, seed=0)
+
+
+def small_run(method, micro_batches=1, seed=0, steps=12, **settings):
+    torch.manual_seed(seed)
+    model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(seed))
+    qat = h.Hestia(model, steps, method=method, group_size=16)
+    log = h.train(model, tokens, steps=steps, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=3, val=tokens[:200],
+                  eval_every=6, micro_batches=micro_batches, **settings)  # fmt: skip
+    qat.harden()
+    return log, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def test_the_same_seed_gives_the_same_bits():
+    (log_a, a), (log_b, b) = small_run("hestia"), small_run("hestia")
+    timing = {"seconds", "seconds_left", "tokens_per_s"}
+    assert [{k: v for k, v in r.items() if k not in timing} for r in log_a] == [
+        {k: v for k, v in r.items() if k not in timing} for r in log_b
+    ]
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], p) for name, p in small_run("hestia", seed=1)[1].items())
+
+
+@pytest.mark.parametrize("clip_at", ["effective", "latent"])
+def test_gradient_accumulation_changes_nothing_but_rounding(clip_at):
+    (log_a, a), (log_b, b) = (small_run("hestia", m, clip_at=clip_at, clip=0.1) for m in (1, 4))
+    assert [r["loss"] for r in log_a] == pytest.approx([r["loss"] for r in log_b], abs=1e-3)
+    with pytest.raises(ValueError, match="does not split into 3"):
+        small_run("hestia", 3)
+
+
+def test_the_log_says_what_happened():
+    log, _ = small_run("hestia")
+    assert [r["step"] for r in log] == [0, 3, 5, 6, 9, 11]
+    assert [r["p"] for r in log][:2] == [0.0, 1.0] and log[-1]["tau_max"] < log[0]["tau_max"]
+    assert all(0 <= r["flips"] <= 1 and r["tokens_per_s"] > 0 for r in log)
+    assert [r["step"] for r in log if "val_loss_hard" in r] == [5, 11]
+    assert "p" not in small_run("absmean")[0][0]
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step():
+    model = tiny_llama().float()
+    tokens = torch.randint(0, 17, (200,))
+    qat = h.Hestia(model, 10, method="absmean", group_size=4)
+    good = {}
+
+    def poison(t, record):
+        if t == 4:
+            good.update({name: w.detach().clone() for name, w in qat.latents.items()})
+            model.model.norm.weight.data.fill_(math.inf)
+
+    with pytest.raises(h.Diverged, match=r"absmean run: loss nan.* at step 5 of 10"):
+        h.train(model, tokens, steps=10, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison, name="absmean run")
+    assert all(torch.equal(w, good[name]) for name, w in qat.latents.items())
+
+
+def test_generate():
+    model, ids = tiny_llama().float(), torch.zeros(1, 1, dtype=torch.long)
+    greedy = h.generate(model, ids, 6, 4, temperature=0)
+    assert greedy.shape == (1, 7)
+    for k in range(1, 7):
+        assert model(greedy[:, max(0, k - 4) : k])[0, -1].argmax() == greedy[0, k]
+    sampled = [h.generate(model, ids, 20, 8, 1.0, 3, torch.Generator().manual_seed(1)) for _ in range(2)]
+    assert torch.equal(*sampled)
+    assert torch.equal(h.generate(model, ids, 6, 4, 1.0, top_k=1), greedy)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_tiny.py, plots.py, README
+
+TINY = "--hidden 32 --heads 2 --layers 1 --intermediate 64 --group-size 32 --steps 20 --pretrain-steps 20 --batch-size 4 \
+--block-size 32 --eval-tokens 512 --calibration 4 --device cpu --rank 2 --samples 2".split()
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text("".join(f"line {n}: the quick brown fox, {n * n} times\n" for n in range(600)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def finished_run(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "a"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main(["--data", text, "--out", str(out), "--seeds", "2", *TINY]) == 0
+    return out
+
+
+def test_a_run_leaves_everything_it_promises(finished_run):
+    names = {p.name for p in finished_run.iterdir()}
+    checkpoints = {f"{m}-seed{s}.pt" for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in (0, 1)}
+    assert names == {"config.json", "log.jsonl", "results.json", "snapshots.npz", "overview.png"} | checkpoints
+    results = json.loads((finished_run / "results.json").read_text())
+    table = results["table"]
+    assert list(table) == ["before", "full", "untrained", "absmean", "hestia-no-hessian", "hestia"]
+    assert table["absmean"]["gap_val"][0] == 0 and table["full"]["gap_val"][0] == 1
+    assert table["hestia"]["on_grid"][0] == 1.0 and 0 <= table["hestia"]["changed_last_tenth"][0] <= 1
+    assert results["config"]["steps"] == 20 and len(results["data"]["sha256"]) == 64
+    with np.load(finished_run / "snapshots.npz") as snapshots:
+        hist = snapshots["hestia/seed0/hist"]  # (moments, tensors, bins)
+        assert hist.shape[1:] == (3, 120) and np.allclose(hist.sum(-1), 1)
+        assert ((snapshots["absmean/seed1/dead"] >= 0) & (snapshots["absmean/seed1/dead"] <= 1)).all()
+        assert len(snapshots["hestia/seed0/grad_norm_latent"]) == len(hist) == 20
+    # paired: every method starts from the same loss on the same batch, as far as its forward pass allows
+    runs = plots.read_log(finished_run)
+    first = {name: log[0]["loss"] for (name, seed), log in runs.items() if seed == 0}
+    assert first["full"] == pytest.approx(first["hestia"], rel=1e-5) and first["full"] != first["absmean"]
+
+
+def test_the_checkpoint_is_ternary_and_reads_back(finished_run):
+    saved = torch.load(finished_run / "hestia-seed0.pt", weights_only=True)
+    for name, w in saved["model"].items():
+        if "_proj" in name:
+            assert w.dtype == torch.bfloat16
+            assert all(len(group.abs().unique()) <= 2 for group in w.float().reshape(-1, 32))
+    model = train_tiny.load_checkpoint(finished_run / "hestia-seed0.pt")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    wide = torch.load(finished_run / "full-seed0.pt", weights_only=True)["model"]["model.layers.0.mlp.up_proj.weight"]
+    assert wide.dtype == torch.float32
+
+
+def test_a_folder_that_holds_a_run_is_left_alone(finished_run, text, capsys):
+    before = {p.name: p.read_bytes() for p in finished_run.iterdir()}
+    assert train_tiny.main(["--data", text, "--out", str(finished_run), *TINY]) == 2
+    assert "already exists and is not an empty folder" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in finished_run.iterdir()}
+
+
+def test_plots_from_a_run(finished_run, tmp_path, capsys):
+    assert plots.main(["--run", str(finished_run)]) == 0
+    assert plots.main(["--run", str(tmp_path)]) == 2
+    assert "make one with python train_tiny.py" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--methods", "magic"], "unknown method magic; expected full, absmean"),
+    (["--group-size", "48"], "--group-size 48 does not divide the model's width 128; 32 would"),
+    (["--data", "no-such-file.txt"], "no-such-file.txt cannot be read"),
+    (["--data", "EMPTY"], "has 0 bytes"),
+    (["--data", "LATIN"], "is not UTF-8 text (byte 2)"),
+    (["--data", "SHORT"], "expected more than"),
+    (["--data", "."], "cannot be read"),
+    (["--rho", "1.5"], "--rho is 1.5; expected a share"),
+    (["--rho", "nan"], "--rho is nan"),
+    (["--tau-init", "-0.3"], "--tau-init is -0.3"),
+    (["--alpha", "inf"], "--alpha is inf"),
+    (["--steps", "0"], "--steps is 0; expected at least 1"),
+    (["--lr", "0"], "--lr is 0.0; expected a positive number"),
+    (["--heads", "3"], "does not split into 3 heads"),
+    (["--micro-batches", "3"], "does not split into 3 micro-batches"),
+    (["--device", "abacus"], "--device abacus cannot be used"),
+    (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--preset", "huge"], "argument --preset: invalid choice"),
+    (["--colour"], "unrecognized arguments: --colour"),
+])  # fmt: skip
+def test_bad_input_gets_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    files = {"EMPTY": b"", "LATIN": b"ab\xe9cd" * 1000, "SHORT": b"too short"}
+    for name, content in files.items():
+        if name in arguments:
+            (tmp_path / name).write_bytes(content)
+    try:
+        code = train_tiny.main(arguments)
+    except SystemExit as stop:
+        code = stop.code
+    error = capsys.readouterr().err
+    assert code == 2 and message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_diverges_says_so_and_leaves_its_last_good_state(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert train_tiny.main(["--data", text, "--out", str(out), "--methods", "absmean", *TINY, "--lr", "1e30"]) == 1
+    assert re.search(r"the run failed: absmean: loss \S+, gradient norm \S+ at step \d+ of 20", capsys.readouterr().err)
+    saved = torch.load(out / "last-good-absmean-seed0.pt", weights_only=True)
+    assert saved["model"] and not (out / "results.json").exists()
+
+
+def test_without_out_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = train_tiny.parse([])
+    assert len({train_tiny.run_folder(config) for _ in range(3)}) == 3
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    with pytest.raises(ZeroDivisionError), train_tiny.whole(tmp_path / "a.json") as aside:
+        aside.write_text("half")
+        _ = 1 / 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_presets():
+    paper = train_tiny.parse(["--preset", "paper"])  # Table 5
+    assert (paper.batch_size, paper.lr, paper.weight_decay, paper.rho, paper.alpha, paper.tau_init) == (256, 1.5e-3, 0.1, 0.2, 0.4, 0.3)
+    assert (paper.group_size, paper.calibration, paper.rank, paper.samples, paper.kappa) == (128, 50, 10, 20, 1.0)
+    for preset in ("cpu", "gpu", "paper"):
+        train_tiny.check(train_tiny.parse(["--preset", preset, "--device", "cpu"]))
+    assert train_tiny.parse(["--preset", "gpu", "--lr", "0.5"]).lr == 0.5
+
+
+def test_the_standard_library_is_read_the_same_way_twice():
+    a, b = train_tiny.standard_library(), train_tiny.standard_library()
+    assert a == b and len(a[0]) > 5_000_000 and 0.01 < len(a[1]) / len(a[0]) < 0.12
+
+
+def test_the_transformers_loop_in_the_readme_runs():
+    pytest.importorskip("transformers")
+    readme = Path(__file__).with_name("README.md").read_text()
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "LlamaForCausalLM" in b]
+    scope = {}
+    exec(block, scope)
+    for name, w in scope["qat"].weights.items():
+        assert all(len(group.abs().unique()) <= 2 for group in w.detach().reshape(-1, 32)), name
