@@ -346,7 +346,7 @@ def test_value_and_derivative_stay_finite(dtype, codebook):
                     distances = (z[..., None] - f64(codebook)).abs().sort().values  # (2, 4, K)
                     clear = (distances[..., 1] - distances[..., 0] > 1e-3).flatten()
                     Q = h.quantize(w_, group_size=4, codebook=codebook)
-                    assert torch.equal(H[clear], Q[clear]), where
+                    assert (H[clear] - Q[clear]).abs().max() < 1e-20, where
                 if tau >= 1e10:
                     assert H.abs().max() <= 1e-3 * (1 if scale is not None else h.absmean_scale(w_.float()).max() * 4), where
 
