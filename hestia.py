@@ -213,7 +213,7 @@ def _ternary_odds(z, tau):
 
 
 def _code_mean(z, tau, codebook):
-    """Eq. (16): mu_tau, so that H = gamma * mu. For TERNARY sinh(2z/tau) / (cosh(2z/tau) + e^(1/tau)/2), kept finite."""
+    """Eq. (16): mu_tau, so that H = gamma * mu. For TERNARY sinh(2z/tau) / (cosh(2z/tau) + e^(1/tau)/2)."""
     tau, soft = _temperature_parts(tau)
     if tuple(codebook) == TERNARY:
         A, B = _ternary_odds(z, tau)
@@ -324,7 +324,7 @@ def _hutchpp(matvec, dim, rank, samples, generator, dtype, device):
     G = G - Q @ (Q.T @ G)  # (I - Q Q^T) G, projected before the product
     HQ, HG = matvec(torch.cat([Q, G], 1)).split([rank, samples], 1)
     sketched = (Q.double() * HQ.double()).sum()  # Tr(Q^T H Q): exact on what the sketch caught
-    rest = (G.double() * HG.double()).sum(0)  # (samples,): g^T (I-QQ^T) H (I-QQ^T) g, one estimate each of what it missed
+    rest = (G.double() * HG.double()).sum(0)  # (samples,): estimates of what it missed
     value = float(sketched + rest.mean())  # Eq. (12) prints no 1/m: without it the rest counts m times
     stderr = float(rest.std() / samples**0.5) if samples > 1 else math.inf
     return TraceEstimate(value, stderr, abs(value) < 2 * stderr, 2 * rank + samples)
@@ -553,7 +553,7 @@ class Hestia:
     for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
     tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
     compile: fuse the passes over the weights with torch.compile, which pays on a GPU.
-    ValueError for an unknown method, settings out of range, weights that are not finite, a group size that does not fit.
+    ValueError: unknown method, settings out of range, weights that are not finite, a group size that does not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
     >>> qat = Hestia(model, total_steps=10, group_size=None)
@@ -677,7 +677,7 @@ class Hestia:
             self._show(before)
 
     def harden(self):
-        """Algorithm 1, line 13: W_hat = Q(W). The model now is ternary; scales are rounded to bfloat16 (below 0.4 %)."""
+        """Algorithm 1, line 13: W_hat = Q(W). The model now is ternary, each scale rounded to bfloat16."""
         self._show({name: w.clone() for name, w in self._hard_weights().items()})
         self.graph = None
 
@@ -716,7 +716,7 @@ class Hestia:
 
 @dataclass
 class LlamaConfig:
-    """The fields of a Llama's config.json that shape the computation, under their names there. Defaults: Llama-3.2-1B."""
+    """The fields of a Llama's config.json that shape the computation, named as there. Defaults: Llama-3.2-1B."""
 
     vocab_size: int = 128256
     hidden_size: int = 2048
@@ -734,7 +734,8 @@ class LlamaConfig:
 
     def __post_init__(self):
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(f"{self.num_attention_heads} heads cannot share {self.num_key_value_heads} key-value heads")
+            heads, shared = self.num_attention_heads, self.num_key_value_heads
+            raise ValueError(f"{heads} attention heads cannot share {shared} key-value heads evenly")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         kind = (self.rope_scaling or {}).get("rope_type", "llama3")
@@ -745,14 +746,14 @@ class LlamaConfig:
 def rope_frequencies(config):
     """Radians by which each pair of a head's dimensions turns per position, with llama3 scaling. (head_dim / 2,)
 
-    Fast pairs stay, slow ones (a wave longer than the original context) turn `factor` times slower, between them it blends.
+    Fast pairs stay, slow ones (a wave longer than the original context) turn `factor` times slower, others in between.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponents
     if config.rope_scaling:
         r = config.rope_scaling
         low, high, context = r["low_freq_factor"], r["high_freq_factor"], r["original_max_position_embeddings"]
-        waves = context * frequency / (2 * math.pi)  # how many waves fit the context that the model was first trained on
+        waves = context * frequency / (2 * math.pi)  # waves that fit the context of the pretraining
         keep = ((waves - low) / (high - low)).clamp(0, 1)
         frequency = keep * frequency + (1 - keep) * frequency / r["factor"]
     return frequency
@@ -869,7 +870,7 @@ class Diverged(RuntimeError):
 
 
 def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
-    """Warm-up-stable-decay (Table 5): linear up over the first 5 % of T steps, linear down to peak / 10 over the last 10 %.
+    """Warm-up-stable-decay (Table 5): up over the first 5 % of T steps, down to a tenth over the last 10 %, linearly.
 
     >>> [round(learning_rate(t, 100, 1.0), 2) for t in (0, 4, 50, 90, 99)]
     [0.2, 1.0, 1.0, 1.0, 0.19]
@@ -928,8 +929,9 @@ def evaluate(model, tokens, block_size, batch_size=32):
     return float(total / count)
 
 
-def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, weight_decay=0.1, clip=1.0,
-          clip_at="effective", seed=0, log_every=50, val=None, eval_every=0, on_step=None, name="training"):  # fmt: skip
+def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, weight_decay=0.1,
+          clip=1.0, clip_at="effective", seed=0, log_every=50, val=None, eval_every=0, on_step=None,
+          name="training"):  # fmt: skip
     """Algorithm 1 with everything around it. Returns the log, a list of records (README says how to read one).
 
     tokens: (N,), on the device that should gather batches. qat: a Hestia around this model, or None for plain training.
@@ -1000,7 +1002,7 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
 
 @torch.no_grad()
 def generate(model, ids, new_tokens, block_size, temperature=0.8, top_k=None, generator=None):
-    """Continue ids (B, T) by sampling new_tokens more, from at most block_size tokens of context. temperature 0: greedy."""
+    """Continue ids (B, T) by new_tokens samples from at most block_size tokens of context. temperature 0: greedy."""
     for _ in range(new_tokens):
         with _precision(ids.device):
             logits = model(ids[:, -block_size:])[:, -1].float()  # (B, V)

@@ -8,9 +8,6 @@ import json
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg") if "matplotlib.pyplot" not in sys.modules else None
 import matplotlib.pyplot as plt
 import numpy as np
 
@@ -60,7 +57,8 @@ def schedules(config, scores, ax, tau_init):
     T, rho, alpha = config["steps"], config["rho"], config["alpha"]
     t = np.linspace(0, T, 400)
     ordered = sorted(scores.items(), key=lambda item: item[1])
-    for (name, s), shade in zip([ordered[0], ordered[len(ordered) // 2], ordered[-1]], ("#56B4E9", "#0072B2", "#D55E00")):
+    watched = [ordered[0], ordered[len(ordered) // 2], ordered[-1]]
+    for (name, s), shade in zip(watched, ("#56B4E9", "#0072B2", "#D55E00")):
         tau = [hestia.temperature(x, T, rho, tau_init, s, alpha) for x in t]
         label = name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
         ax.plot(t, tau, color=shade, label=f"{label}: s = {s:.2f}")
@@ -104,7 +102,8 @@ def overview(folder):
     right.set_xlabel("nats per byte, hard weights (● training text, □ validation)")
     quantized = [m for m in methods if m != "full"]
     best = min(quantized, key=lambda m: table[m]["val"][0]) if quantized else None
-    right.set_title(f"Lowest validation loss of the quantized: {hestia.QUANTIZERS[best].label}" if best else "", fontsize=11)
+    if best:
+        right.set_title(f"Lowest validation loss of the quantized: {hestia.QUANTIZERS[best].label}", fontsize=11)
     for ax in (left, middle, right):
         ax.spines["top"].set_visible(False)
         ax.grid(alpha=0.2)

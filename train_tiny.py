@@ -52,7 +52,7 @@ class Config:
     seed: int = option("the first seed", 0)
     steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
     pretrain_steps: int = option("steps of full-precision training before it", 480, 8000)
-    lr: float = option("peak learning rate of the T steps; the default is AbsMean STE's best", 1e-3, 5e-4, 1.5e-3)
+    lr: float = option("peak learning rate of the T steps; the default is AbsMean STE's best", 1e-3, 2.5e-4, 1.5e-3)
     pretrain_lr: float = option("peak learning rate of the full-precision training", 3e-3, 2e-3)
     weight_decay: float = option("AdamW's weight decay, on matrices only", 0.1)
     clip: float = option("largest gradient norm", 1.0)
@@ -119,9 +119,8 @@ def check(config):
     unknown = [name for name in config.methods if name not in hestia.QUANTIZERS]
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
-    counts = ("seeds steps pretrain_steps batch_size micro_batches block_size layers hidden intermediate heads "
-              "calibration samples").split()  # fmt: skip
-    for name in counts:
+    for name in ("seeds", "steps", "pretrain_steps", "batch_size", "micro_batches", "block_size", "layers", "hidden",
+                 "intermediate", "heads", "calibration", "samples"):  # fmt: skip
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
     for name in ("lr", "pretrain_lr", "clip"):
@@ -143,7 +142,8 @@ def check(config):
         if config.group_size and width % config.group_size:
             fits = math.gcd(config.hidden, config.intermediate)
             fits = next(g for g in range(min(fits, config.group_size), 0, -1) if fits % g == 0)
-            raise InputError(f"--group-size {config.group_size} does not divide the model's width {width}; {fits} would")
+            raise InputError(f"--group-size {config.group_size} does not divide the model's width {width}; "
+                             f"{fits} would")  # fmt: skip
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=config.device)
@@ -192,8 +192,8 @@ def load_text(config):
         train, val = standard_library()
         source = f"standard library of Python {platform.python_version()}"
     if len(val) <= config.block_size + 1:
-        raise InputError(f"{source} has {len(train) + len(val)} bytes, of which 5 % are for validation; expected more than "
-                         f"{20 * (config.block_size + 2)} for blocks of {config.block_size}")  # fmt: skip
+        raise InputError(f"{source} has {len(train) + len(val)} bytes, of which 5 % are for validation; expected more "
+                         f"than {20 * (config.block_size + 2)} for blocks of {config.block_size}")  # fmt: skip
     facts = {"source": source, "train_bytes": len(train), "val_bytes": len(val),
              "sha256": hashlib.sha256(train + val).hexdigest()}  # fmt: skip
     tensors = [torch.frombuffer(bytearray(part), dtype=torch.uint8).to(config.device) for part in (train, val)]
@@ -301,8 +301,8 @@ class Snapshots:
                 w = qat.latents[name]
                 z = (w.reshape(-1, qat.group_size or w.numel()) / hestia.absmean_scale(w, qat.group_size)).flatten()
                 hist.append(np.histogram(z.clamp(-3, 3).cpu().numpy(), BINS)[0] / z.numel())
-            self.rows.append({"step": t, "dead": dead / total, "felt": felt / total, "hist": hist,
-                              "grad_norm": record["grad_norm"], "grad_norm_latent": record["grad_norm_latent"]})  # fmt: skip
+            norms = {key: record[key] for key in ("grad_norm", "grad_norm_latent")}
+            self.rows.append({"step": t, "dead": dead / total, "felt": felt / total, "hist": hist, **norms})
         if (t + 1) % self.log_every == 0 or t + 1 == qat.total_steps - 1:
             self.keep()
 
@@ -323,7 +323,7 @@ class Reporter:
     """Prints log lines and writes log.jsonl as they come."""
 
     def __init__(self, folder, config):
-        self.file = open(folder / "log.jsonl", "w")
+        self.file = open(folder / "log.jsonl", "w")  # noqa: SIM115, closed at the end of the run
         self.steps_left = config.seeds * (config.pretrain_steps + len(config.methods) * config.steps)
         self.began, self.announced = time.perf_counter(), False
 
@@ -406,7 +406,8 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
     fast = torch.compile(model) if config.compile else model
     begin = lambda k, what: print(f"[seed {seed}, {k}/{2 + len(config.methods)}] {what}", flush=True)
 
-    begin(1, f"full precision: {sum(p.numel() for p in model.parameters()):,} parameters, {config.pretrain_steps} steps")
+    size = sum(p.numel() for p in model.parameters())
+    begin(1, f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
     clock = time.perf_counter()
     train(config, fast, train_text, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
     rows = {"before": {**losses(model), "seconds": time.perf_counter() - clock}}
@@ -424,8 +425,8 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
         restore(model, weights)
         clock = time.perf_counter()
         qat = hestia.Hestia(
-            model, config.steps, method=method, group_size=config.group_size or None, rho=config.rho, alpha=config.alpha,
-            tau_init=config.tau_init or None, scores=scores,
+            model, config.steps, method=method, group_size=config.group_size or None, rho=config.rho,
+            alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
             dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
         )  # fmt: skip
         if "untrained" not in rows and method != "full":
@@ -491,13 +492,14 @@ def print_table(config, table, file=None):
         mean, spread = table[row].get(column, (None, None))
         if mean is None:
             return "-"
-        return f"{scale * mean:.{digits}f}" + (f" ± {scale * spread:.{digits}f}" if several and spread is not None else "")
+        spread = f" ± {scale * spread:.{digits}f}" if several and spread is not None else ""
+        return f"{scale * mean:.{digits}f}" + spread
 
     head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "seconds"]
     lines = [head]
     for row in table:
         label = labels.get(row) or hestia.QUANTIZERS[row].label + (", continued" if row == "full" else "")
-        gaps = ["-", "-"] if row in labels else [cell(row, f"gap_{s}", 0, 100).replace("-0", "0") for s in ("train", "val")]
+        gaps = ["-" if row in labels else cell(row, f"gap_{split}", 0, 100) for split in ("train", "val")]
         gaps = [g if g == "-" else g + " %" for g in gaps]
         changed = cell(row, "changed_last_tenth", 2, 100)
         lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
@@ -528,7 +530,8 @@ def run(config):
     about = {"config": dataclasses.asdict(config), "data": facts, "versions": versions,
              "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
     save_json(folder / "config.json", about)
-    print(f"{facts['source']}: {facts['train_bytes']:,} + {facts['val_bytes']:,} bytes, sha256 {facts['sha256'][:12]}; {folder}/")
+    print(f"{facts['source']}: {facts['train_bytes']:,} + {facts['val_bytes']:,} bytes, sha256 {facts['sha256'][:12]}")
+    print(f"this run's folder: {folder}/")
     passes = (config.pretrain_steps + config.steps) * config.batch_size * config.block_size / facts["train_bytes"]
     print(f"{config.pretrain_steps} + {config.steps} steps read the text {passes:.2f} times"
           + ("; expect overfitting, and bring more text with --data" if passes > 3 else ""))  # fmt: skip
