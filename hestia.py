@@ -2,7 +2,7 @@ r"""HESTIA in one file: ternary weights by a softmax that cools down, guided by 
 
 The paper is "HESTIA: A Hessian-Guided Differentiable Quantization-Aware Training Framework for Extremely
 Low-Bit LLMs", arXiv 2601.20745. Read it on the left and this file on the right, top to bottom: sections
-stand in the paper's order, and every equation can be found by searching for "Eq. (n)".
+stand in the paper's order, each function names its equation, and the table below names the function of each equation.
 
 The method in five lines. Ternary weights are gamma * {-1, 0, +1}. Rounding to them has zero derivative almost
 everywhere, and the usual remedy, the straight-through estimator (STE), pretends that it is one. HESTIA instead
@@ -28,7 +28,7 @@ tensors with a large Hessian trace stay warm for longer.
     Eq. 4  quantize_ste       Eq. 10 pressure                Eq. 15     temperature
     Eq. 5  _nearest           Eq. 11 train (its loss)        Eq. 16-17  _softmax_moments
     Eq. 6  dead_zone          Alg. 1 Hestia, train           Eq. 18-19  soft_quantize_jacobian, _SoftQuantize
-    Eq. 20 (Lemma 4.2) and the steps of Appendix A, Eq. 21-36, are assertions in test_hestia.py.
+    Lemma 4.2 (Eq. 20) and the steps of Appendix A (Eqs. 21-36) are about limits: assertions in test_hestia.py.
 
 Where the paper leaves something open, this file decides as follows (README has the list with reasons): gamma is
 detached and epsilon is added; a tie |z| = 1/2 goes to code 0; Eq. 12 gets the 1/m that it lacks; the Hessian is that
@@ -64,8 +64,8 @@ def _groups(w, group_size):
     if group_size is None:
         return w.reshape(1, w.numel())
     width = w.shape[-1] if w.dim() else 1
-    if not isinstance(group_size, int) or group_size < 1 or width % group_size:
-        fits = next((g for g in range(min(int(group_size), width), 0, -1) if width % g == 0), 1)
+    if group_size < 1 or width % group_size:
+        fits = next((g for g in range(min(group_size, width), 0, -1) if width % g == 0), 1)
         raise ValueError(f"group size {group_size} does not divide the input dimension {width}; {fits} would")
     return w.reshape(w.numel() // group_size, group_size)
 
@@ -148,7 +148,7 @@ def dead_zone(w, dw, group_size=None, codebook=TERNARY, scale=None):
     tensor([ True, False,  True])
     """
     z, gamma = _normalize(w, group_size, scale)
-    moved, _ = _normalize(w + dw, group_size, gamma)
+    moved, _ = _normalize(_at_least_float32(w) + dw, group_size, gamma)
     return (_nearest(z, codebook) == _nearest(moved, codebook)).view(w.shape)
 
 
@@ -158,10 +158,10 @@ def dead_zone(w, dw, group_size=None, codebook=TERNARY, scale=None):
 _TAU_MIN = 1e-20  # the kernel has long been a step function; much smaller and 2/tau would overflow float32
 
 
-def _temperature_parts(tau):
-    """(tau kept above zero, 1 or 0 for whether the kernel is soft at all). tau: float or 0-dim tensor, >= 0."""
+def _safe_tau(tau):
+    """(tau kept away from zero, whether it is above zero at all). A tensor's sign is not checked: no wait for a GPU."""
     if isinstance(tau, torch.Tensor):
-        return tau.clamp_min(_TAU_MIN), tau > 0
+        return _at_least_float32(tau).clamp_min(_TAU_MIN), tau > 0
     if not tau >= 0:
         raise ValueError(f"tau is {tau}; expected a temperature >= 0, in units of gamma")
     return max(float(tau), _TAU_MIN), tau > 0
@@ -169,7 +169,7 @@ def _temperature_parts(tau):
 
 def _gap(z, near, q):
     """(z - q)^2 - (z - near)^2 >= 0, multiplied out so that nothing cancels, however small the tau it is divided by."""
-    return (near - q) * (2 * z - (near + q))
+    return (near - q) * (2 * z.clamp(-1e18, 1e18) - (near + q))
 
 
 def assignment_probs(w, tau, group_size=None, codebook=TERNARY, scale=None):
@@ -182,10 +182,11 @@ def assignment_probs(w, tau, group_size=None, codebook=TERNARY, scale=None):
             [0.0274, 0.6711, 0.3015]])
     """
     z, _ = _normalize(w, group_size, scale)
-    near, (tau, soft) = _nearest(z, codebook).unsqueeze(-1), _temperature_parts(tau)
-    q = torch.tensor(codebook, dtype=z.dtype, device=z.device)
+    tau, soft = _safe_tau(tau)
+    near = _nearest(z, codebook).unsqueeze(-1)  # (n_groups, g, 1)
+    q = torch.tensor(codebook, dtype=z.dtype, device=z.device)  # (K,)
     logits = -_gap(z.unsqueeze(-1), near, q) / tau  # (n_groups, g, K); 0 at the nearest code
-    pi = soft * torch.softmax(logits, -1) + (1 - 1 * soft) * (q == near)
+    pi = torch.where(torch.as_tensor(soft, device=z.device), torch.softmax(logits, -1), (q == near).to(z.dtype))
     return _narrow(pi, w.dtype).view(*w.shape, len(codebook))
 
 
@@ -203,18 +204,20 @@ def _softmax_moments(z, tau, codebook):
 
 
 def _ternary_odds(z, tau):
-    """pi(-s) / pi(s) and pi(0) / pi(s) under Eq. (7) for TERNARY, with s the sign of z.
+    """A = pi(-s) / pi(s) and B = pi(0) / pi(s) under Eq. (7) for TERNARY, with s the sign of z.
 
-    Both are cut to e^-70 .. e^70: that is certainty, yet far from overflow and from denormal numbers, on which a CPU
-    computes a hundred times slower.
+    With a = |z|: (a - 1)^2 - (a + 1)^2 = -4a, and (a - 1)^2 - a^2 = 1 - 2a. Both exponents are cut at 70: that is
+    certainty, yet far from overflow and from denormal numbers, on which a CPU computes a hundred times slower.
     """
     a = z.abs()
-    return torch.exp((a * (-4 / tau)).clamp(min=-70.0)), torch.exp(((1 - 2 * a) / tau).clamp(-70.0, 70.0))
+    A = torch.exp((a * (-4 / tau)).clamp(min=-70.0))
+    B = torch.exp(((1 - 2 * a) / tau).clamp(-70.0, 70.0))
+    return A, B
 
 
 def _code_mean(z, tau, codebook):
     """Eq. (16): mu_tau, so that H = gamma * mu. For TERNARY sinh(2z/tau) / (cosh(2z/tau) + e^(1/tau)/2)."""
-    tau, soft = _temperature_parts(tau)
+    tau, soft = _safe_tau(tau)
     if tuple(codebook) == TERNARY:
         A, B = _ternary_odds(z, tau)
         mu = torch.copysign((1 - A) / (1 + A + B), z)
@@ -228,11 +231,11 @@ def _code_mean(z, tau, codebook):
 
 def _jacobian(z, tau, codebook):
     """Lemma 4.1, Eq. (18): dH/dw = (2 / tau) Var_tau(w), for z = w / gamma; 0 at tau = 0."""
-    tau, soft = _temperature_parts(tau)
+    tau, soft = _safe_tau(tau)
     if tuple(codebook) == TERNARY:
         A, B = _ternary_odds(z, tau)
         P = 1 / (1 + A + B)  # pi of the outer code on w's side
-        var = torch.addcmul(torch.add(B, A, alpha=4), A, B) * P * P  # Eq. (17) is (4A + B + AB) P^2: nothing cancels
+        var = (4 * A + B + A * B) * P * P  # Eq. (17) with mu = (1 - A) P put in: no difference is left to cancel
     else:
         _, m1, m2 = _softmax_moments(z, tau, codebook)
         var = m2 - m1 * m1
@@ -278,7 +281,8 @@ def soft_quantize(w, tau, group_size=None, codebook=TERNARY, scale=None):
 def soft_quantize_jacobian(w, tau, group_size=None, codebook=TERNARY, scale=None):
     """Lemma 4.1, Eq. (18): the diagonal of dH/dw, (2 / tau) Var_tau(w). w's shape, >= 0.
 
-    Largest near the boundaries of Eq. (5), where it is 1 / (2 tau) once tau is small.
+    Largest near the boundaries of Eq. (5), where it is 1 / (2 tau) once tau is small. As tau -> 0 it becomes a spike of
+    mass gamma at each boundary and zero elsewhere: Lemma 4.2, Eq. (20).
 
     >>> soft_quantize_jacobian(torch.tensor([0.0, 0.3, 0.5]), 0.5, scale=torch.ones(1, 1))
     tensor([0.8521, 1.0149, 1.0719])
@@ -293,8 +297,10 @@ def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
     >>> effective_weight(torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]), tau=0.3, p=0.5)
     tensor([-0.8917, -0.5833, -0.3025,  0.0761,  0.4261,  0.7414])
     """
-    H = soft_quantize(w, tau, group_size, codebook, scale)
-    return H if isinstance(p, float) and p == 1 else (1 - p) * w + p * H
+    w32 = _at_least_float32(w)
+    H = soft_quantize(w32, tau, group_size, codebook, scale)
+    W_eff = H if isinstance(p, float) and p == 1 else (1 - p) * w32 + p * H
+    return _narrow(W_eff, w.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,9 +355,10 @@ def hessian_traces(
 ):
     """Section 3.3.1: h_i = Tr(H_i), with H_i the block of the Hessian that belongs to the tensor i alone.
 
-    loss_fn(batch) -> scalar, the mean loss in nats; params: {name: tensor that requires grad}; batches: a list, whose
-    mean loss is differentiated. estimator: "hutchpp", the paper's, tensor by tensor, 2 rank + samples products each.
-    progress(done, total): called after each tensor. Returns {name: TraceEstimate}. Gradients stay as they were.
+    loss_fn(batch) -> scalar, the mean loss in nats; params: {name: tensor that requires grad}; batches: what loss_fn
+    takes, the mean over them is differentiated. estimator: "hutchpp", the paper's, tensor by tensor, 2 rank + samples
+    products each. progress(done, total): called after each tensor. Returns {name: TraceEstimate}, in nats per squared
+    weight. Gradients stay as they were.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> loss = lambda batch: w[0] ** 3 + w[1] ** 2                            # its Hessian is diag(6, 2)
@@ -360,14 +367,20 @@ def hessian_traces(
     """
     if estimator != "hutchpp":
         raise ValueError(f"unknown trace estimator {estimator!r}; expected 'hutchpp'")
+    batches = list(batches)
     if not batches:
         raise ValueError("no calibration batches; a trace needs at least one")
+    for name, w in params.items():
+        if not w.requires_grad or w.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name} is {w.dtype} with requires_grad = {w.requires_grad}; a trace needs a tensor in "
+                             "float32 or float64 that requires grad")  # fmt: skip
 
     def products(w, V):  # (d, k) -> (d, k): the mean over the batches of H_i V, one graph at a time
         HV = torch.zeros(V.shape, dtype=torch.float64, device=V.device)
         for batch in batches:
             with sdpa_kernel(SDPBackend.MATH):  # the only attention that PyTorch can differentiate twice
-                (grad,) = torch.autograd.grad(loss_fn(batch), w, create_graph=True)  # once for all k vectors
+                loss = loss_fn(batch)
+                (grad,) = torch.autograd.grad(loss, w, create_graph=True, materialize_grads=True)  # once for all V
             for k in range(V.shape[1] if grad.requires_grad else 0):
                 (hv,) = torch.autograd.grad(grad, w, V[:, k].view_as(w), retain_graph=True, materialize_grads=True)
                 HV[:, k] += hv.flatten().double() / len(batches)
@@ -387,7 +400,7 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
 
     traces: {name: float or TraceEstimate}. mu_h and sigma_h (population) run over these tensors. A logarithm needs a
     positive trace, and a Hessian may have others: those below half the smallest trustworthy one (positive and not
-    flagged) are raised to that half, with a warning that names the negative ones. None positive is a ValueError.
+    flagged) are raised to that half, with a warning that names them. None positive is a ValueError.
 
     >>> {k: round(s, 4) for k, s in sensitivity_scores({"q": 10.0, "v": 1000.0, "down": 100000.0}).items()}
     {'q': 0.2271, 'v': 0.5, 'down': 0.7729}
@@ -401,13 +414,15 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
         raise ValueError("no Hessian trace is positive, so no score exists; calibrate a trained model on more tokens")
     trusted = [h for name, h in positive.items() if not getattr(traces[name], "flagged", False)]
     floor = 0.5 * min(trusted or positive.values())
-    if len(positive) < len(value):
-        names = ", ".join(name for name in value if name not in positive)
-        warnings.warn(f"Hessian trace not positive for {names}: floored at {floor:.3g} for the score", stacklevel=2)
+    low = [name for name, h in value.items() if h < floor]
+    if low:
+        warnings.warn(f"Hessian trace not positive, or lost in its error, for {', '.join(low)}: floored at {floor:.3g} "
+                      "for the score", stacklevel=2)  # fmt: skip
     logs = {name: math.log(max(h, floor)) for name, h in value.items()}
     mu = sum(logs.values()) / len(logs)
     sigma = math.sqrt(sum((x - mu) ** 2 for x in logs.values()) / len(logs))
-    return {name: 1 / (1 + math.exp(-kappa * (x - mu) / (sigma + eps))) for name, x in logs.items()}
+    sigmoid = lambda x: 0.5 * (1 + math.tanh(x / 2))  # in this form it cannot overflow
+    return {name: sigmoid(kappa * (x - mu) / (sigma + eps)) for name, x in logs.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -455,10 +470,11 @@ def temperature(t, T, rho, tau_init, score, alpha):
 
 @torch.no_grad()
 def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
-    """Section 5.1: the tau that minimises the mean squared error between all W and H(W; tau), in W's own units.
+    """Section 5.1: the tau that minimises the mean squared error between all W and H(W; tau).
 
-    weights: tensors (a list, a dict, or one tensor). For Gaussian weights 0.3509; Table 5 rounds it to 0.3. The minimum
-    is flat: the search stops at 0.1 %. It looks between 0.01 and 10. Beyond 16 million weights each tensor is thinned.
+    The error is in W's own units, so that tensors with larger weights count for more; tau is in units of gamma.
+    weights: tensors (a list, a dict, or one tensor). For Gaussian weights 0.3509; Table 5 says 0.3. The minimum is
+    flat: the search, between 0.01 and 10, stops at 0.1 %. Beyond 16 million weights it reads every k-th group.
 
     >>> w = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
     >>> round(optimal_tau_init([w]), 2)
@@ -466,6 +482,8 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
     """
     weights = list(weights.values()) if isinstance(weights, dict) else weights
     weights = [weights] if isinstance(weights, torch.Tensor) else list(weights)
+    if not any(w.any() for w in weights) or not all(torch.isfinite(w).all() for w in weights):
+        raise ValueError("tau_init needs finite weights that are not all zero")
     thin = max(1, sum(w.numel() for w in weights) >> 24)  # keep every thin-th row: whole groups, so gamma stays right
     parts = []
     for w in weights:
@@ -551,6 +569,7 @@ class Hestia:
 
     model: any nn.Module; total_steps: T. method: a name in QUANTIZERS. targets: (module name, module) -> bool, or None
     for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
+    Wrap the model in DDP after this, not before, if dtype changes: the changed weights are new parameters.
     tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
     compile: fuse the passes over the weights with torch.compile, which pays on a GPU.
     ValueError: unknown method, settings out of range, weights that are not finite, a group size that does not fit.
@@ -579,17 +598,19 @@ class Hestia:
         self.total_steps, self.group_size, self.rho = total_steps, group_size, rho
         self.alpha = self.quantizer.settings.get("alpha", alpha)
         self.codebook = tuple(self.quantizer.settings.get("codebook", codebook))
-        if not math.isfinite(self.alpha):
-            raise ValueError(f"alpha is {alpha}; expected a finite number, 0.4 in the paper")
+        if not abs(self.alpha) <= 50:
+            raise ValueError(f"alpha is {alpha}; expected a number between -50 and 50, 0.4 in the paper")
 
-        chosen, owners = targets or _is_target(model), {}
+        chosen, self.owners = targets or _is_target(model), {}  # owners: {parameter's id: the modules that hold it}
         self.weights = {}  # {module's name: the model's own parameter}, which holds W_eff
         for name, module in model.named_modules():
-            name = name.removeprefix("module.").replace("_orig_mod.", "")  # wrapped by DDP, by torch.compile
+            name = name.replace("_orig_mod.", "").removeprefix("module.")  # wrapped by torch.compile, by DDP
             if chosen(name, module):
-                if id(module.weight) not in owners:
+                if not isinstance(getattr(module, "weight", None), nn.Parameter):
+                    raise ValueError(f"targets chose {name or 'the model'}, which has no weight of its own")
+                if id(module.weight) not in self.owners:
                     self.weights[name] = module.weight
-                owners.setdefault(id(module.weight), []).append(module)
+                self.owners.setdefault(id(module.weight), []).append(module)
         if not self.weights:
             raise ValueError("nothing to quantize: the model has no nn.Linear other than its output head")
         for name, weight in self.weights.items():
@@ -599,13 +620,15 @@ class Hestia:
                 _groups(weight, group_size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-        self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in owners]
+        self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in self.owners]
         self.latents = {name: nn.Parameter(_at_least_float32(w.detach()).clone()) for name, w in self.weights.items()}
 
         self.scores = {name: 0.0 for name in self.weights} if scores is None else dict(scores)
         missing = [name for name in self.weights if name not in self.scores]
         if missing:
             raise ValueError(f"no sensitivity score for {', '.join(missing)}; scores are keyed by module name")
+        if not all(0 <= self.scores[name] <= 1 for name in self.weights):
+            raise ValueError("a sensitivity score is outside 0 .. 1; expected those of sensitivity_scores")
         if tau_init is None:
             tau_init = optimal_tau_init(self.latents, group_size, self.codebook) if self.quantizer.soft else 0.0
         elif not 0 < tau_init < math.inf:
@@ -616,10 +639,16 @@ class Hestia:
         self.graph = None  # [W_eff with its graph back to W, for each tensor], between relax and pull_back
         for name, weight in self.weights.items():
             weight.requires_grad_(True).grad = None
-            if dtype not in (None, weight.dtype):  # a new Parameter: a compiled model does not notice a changed dtype
-                self.weights[name] = nn.Parameter(weight.detach().to(dtype))
-                for module in owners[id(weight)]:
-                    module.weight = self.weights[name]
+            if dtype not in (None, weight.dtype):
+                self._replace(name, weight.detach().to(dtype))
+
+    def _replace(self, name, tensor):
+        """A new Parameter in the model: a compiled model would not notice that the old one has another dtype."""
+        modules = self.owners.pop(id(self.weights[name]))
+        self.weights[name] = nn.Parameter(tensor)
+        self.owners[id(self.weights[name])] = modules
+        for module in modules:
+            module.weight = self.weights[name]
 
     def step_of(self, t, name):
         """Eqs. (10) and (15): the pressure and the tensor's temperature at step t."""
@@ -632,6 +661,8 @@ class Hestia:
 
     def relax(self, t):
         """Algorithm 1, lines 4-10: show the model W_eff(t). Clears the gradients of the weights it writes."""
+        if not 0 <= t < self.total_steps:
+            raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}, as total_steps says")
         steps, weights, latents = [self.step_of(t, name) for name in self.weights], self.weights.values(), self.latents
         if self.compile:  # numbers that change from step to step go in as tensors, or each would compile anew
             values = torch.tensor([[s.p, s.tau] for s in steps]).to(next(iter(weights)).device)  # (tensors, 2)
@@ -639,7 +670,7 @@ class Hestia:
         with torch.enable_grad():
             self.graph = self._map(list(latents.values()), [weight.dtype for weight in weights], steps)
         for weight, w_eff in zip(weights, self.graph):
-            weight.data, weight.grad = w_eff.detach(), None  # the graph's own output: nothing is copied or kept
+            weight.data, weight.grad = w_eff.detach(), None  # it shares the graph's output: no copy
 
     def pull_back(self):
         """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the model's gradients to the latents'. Clears the former."""
@@ -677,8 +708,15 @@ class Hestia:
             self._show(before)
 
     def harden(self):
-        """Algorithm 1, line 13: W_hat = Q(W). The model now is ternary, each scale rounded to bfloat16."""
-        self._show({name: w.clone() for name, w in self._hard_weights().items()})
+        """Algorithm 1, line 13: W_hat = Q(W). The model now is ternary, each scale rounded to bfloat16.
+
+        A weight that its dtype cannot hold (1.5 gamma in bfloat16) becomes a float32 parameter.
+        """
+        for name, w in self._hard_weights().items():
+            if torch.equal(w.to(self.weights[name].dtype).to(w.dtype), w):
+                self.weights[name].data = w.to(self.weights[name].dtype, copy=True)
+            else:
+                self._replace(name, w.clone())
         self.graph = None
 
     @torch.no_grad()
@@ -738,9 +776,12 @@ class LlamaConfig:
             raise ValueError(f"{heads} attention heads cannot share {shared} key-value heads evenly")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        kind = (self.rope_scaling or {}).get("rope_type", "llama3")
-        if kind != "llama3":
-            raise ValueError(f"rope_scaling of type {kind!r} is not supported; expected 'llama3' or none")
+        if self.rope_scaling:
+            kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))  # "type" in older checkpoints
+            if kind == "default":
+                self.rope_scaling = None
+            elif kind != "llama3":
+                raise ValueError(f"rope_scaling of type {kind!r} is not supported; expected 'llama3' or none")
 
 
 def rope_frequencies(config):
@@ -870,7 +911,7 @@ class Diverged(RuntimeError):
 
 
 def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
-    """Warm-up-stable-decay (Table 5): up over the first 5 % of T steps, down to a tenth over the last 10 %, linearly.
+    """Warm-up-stable-decay (Table 5): up over the first 5 % of T steps, to a tenth at T over the last 10 %, linearly.
 
     >>> [round(learning_rate(t, 100, 1.0), 2) for t in (0, 4, 50, 90, 99)]
     [0.2, 1.0, 1.0, 1.0, 0.19]
@@ -913,6 +954,8 @@ def evaluate(model, tokens, block_size, batch_size=32):
 
     Under `with qat.hard():` or after `harden()` this is J(W), the loss of the quantized model.
     """
+    if block_size < 2:
+        raise ValueError(f"a block of {block_size} tokens predicts nothing; expected at least 2")
     device = next(model.parameters()).device
     whole = len(tokens) // block_size * block_size
     pieces = list(tokens[:whole].view(-1, block_size).split(batch_size)) if whole else []  # (<= batch_size, block_size)
@@ -934,13 +977,18 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
           name="training"):  # fmt: skip
     """Algorithm 1 with everything around it. Returns the log, a list of records (README says how to read one).
 
-    tokens: (N,), on the device that should gather batches. qat: a Hestia around this model, or None for plain training.
-    batch_size: sequences per step, in micro_batches equal parts. clip: bound on the gradient norm, taken of dL/dW_eff
-    (clip_at="effective") or of dL/dW ("latent"). val: tokens on which the hard weights are evaluated every eval_every
-    steps. on_step(t, record or None): called after each step. Raises Diverged before a step that is not finite.
+    model(x, y) -> mean loss, such as a Llama's. tokens: (N,), on the device that should gather batches. qat: a Hestia
+    around this model for the same steps, or None for plain training. batch_size: sequences per step, in micro_batches
+    equal parts. clip: bound on the gradient norm, taken with dL/dW_eff (clip_at="effective") or with dL/dW ("latent").
+    val: tokens on which the hard weights are evaluated every eval_every steps. on_step(t, record or None): called after
+    each step. name: of the run, for Diverged, which is raised before a step whose loss or gradient is not finite.
     """
     if batch_size % micro_batches:
         raise ValueError(f"a batch of {batch_size} sequences does not split into {micro_batches} equal micro-batches")
+    if clip_at not in ("effective", "latent"):
+        raise ValueError(f"clip_at is {clip_at!r}; expected 'effective' or 'latent'")
+    if qat and qat.total_steps != steps:
+        raise ValueError(f"{steps} steps, but the method's schedules are for {qat.total_steps}; make the two the same")
     device = next(model.parameters()).device
     trained = qat.parameters() if qat else list(model.parameters())
     optimizer = torch.optim.AdamW(param_groups(trained, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
@@ -957,25 +1005,23 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         loss = 0.0
         for x_, y_ in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
             with _precision(device):
-                part = model(x_, y_) / micro_batches
+                part = model(x_, y_) / micro_batches  # Eq. (11), one sample of it
             part.backward()
             loss = loss + part.detach()
 
-        at_weights = norm(model.parameters())  # of dL/dW_eff
-        if clip_at == "effective":
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), clip, at_weights)
+        effective_norm = norm(model.parameters())  # with dL/dW_eff for the quantized weights
         if qat:
             qat.pull_back()
-        if clip_at == "latent":
-            torch.nn.utils.clip_grads_with_norm_(trained, clip, norm(trained))
-        if not (math.isfinite(loss) and math.isfinite(at_weights)):
-            raise Diverged(f"{name}: loss {float(loss)}, gradient norm {float(at_weights)} at step {t} of {steps}; "
+        clipped_norm = effective_norm if clip_at == "effective" else norm(trained)
+        if not (math.isfinite(loss) and math.isfinite(clipped_norm)):
+            raise Diverged(f"{name}: loss {float(loss)}, gradient norm {float(clipped_norm)} at step {t} of {steps}; "
                            "lower the learning rate or look at the data")  # fmt: skip
         record = None
         evaluating = val is not None and eval_every and ((t + 1) % eval_every == 0 or t == steps - 1)
         if evaluating or t % log_every == 0 or t == steps - 1:
             record = {"step": t, "loss": float(loss), "lr": optimizer.param_groups[0]["lr"],
-                      "grad_norm": float(at_weights), "grad_norm_latent": float(norm(trained))}  # fmt: skip
+                      "grad_norm": float(effective_norm), "grad_norm_latent": float(norm(trained))}  # fmt: skip
+        torch.nn.utils.clip_grads_with_norm_(trained, clip, clipped_norm)  # pull_back is linear: as well after it
         optimizer.step()
         optimizer.zero_grad()
 

@@ -35,20 +35,35 @@ def read_log(folder):
     return runs
 
 
-def over_seeds(runs, method, key):
-    """Steps, and mean, smallest and largest over seeds of a logged quantity."""
+def by_seed(runs, method, key):
+    """Steps (n,), and a logged quantity of one method over them, (seeds, n)."""
     logs = [[r for r in log if key in r] for (name, _), log in sorted(runs.items()) if name == method]
-    values = np.array([[r[key] for r in log] for log in logs])  # (seeds, steps)
-    return np.array([r["step"] for r in logs[0]]), values.mean(0), values.min(0), values.max(0)
+    return np.array([r["step"] for r in logs[0]]), np.array([[r[key] for r in log] for log in logs])
 
 
 def loss_curves(runs, ax, key="loss"):
-    """Training loss as each method's forward pass sees it, or the hard validation loss, with bands over seeds."""
-    for method in dict.fromkeys(name for name, _ in runs if name in hestia.QUANTIZERS):
-        step, mean, low, high = over_seeds(runs, method, key)
-        ax.plot(step, mean, linewidth=1.6, **style(method))
-        ax.fill_between(step, low, high, color=STYLE.get(method, {}).get("color"), alpha=0.15, linewidth=0)
-    ax.set(xlabel="step of quantization-aware training", ylabel="nats per byte")
+    """Training loss as each method's forward pass sees it, above that of full precision on the same batches.
+
+    Every method sees the same batches, so the difference is free of their noise. Without a full-precision run: the loss
+    itself. Lines are means over seeds, bands reach from the smallest to the largest.
+    """
+    methods = list(dict.fromkeys(name for name, _ in runs if name in hestia.QUANTIZERS))
+    paired = "full" in methods
+    tops = []
+    for method in methods:
+        if paired and method == "full":
+            continue
+        step, values = by_seed(runs, method, key)
+        values = values - by_seed(runs, "full", key)[1] if paired else values
+        ax.plot(step, values.mean(0), linewidth=1.6, **style(method))
+        ax.fill_between(step, values.min(0), values.max(0), color=style(method).get("color"), alpha=0.15, linewidth=0)
+        tops.append(np.quantile(values.mean(0), 0.9))
+    if paired:
+        ax.axhline(0, color=STYLE["full"]["color"], linewidth=1)
+        if tops:
+            ax.set_ylim(-0.15 * max(tops), 1.5 * max(tops))  # the first steps of a hard quantizer tower above the rest
+    ax.set(xlabel="step of quantization-aware training",
+           ylabel="nats per byte above full precision" if paired else "nats per byte")  # fmt: skip
     return ax
 
 
@@ -63,11 +78,11 @@ def schedules(config, scores, ax, tau_init):
         label = name.removeprefix("model.layers.").replace("self_attn.", "").replace("mlp.", "")
         ax.plot(t, tau, color=shade, label=f"{label}: s = {s:.2f}")
     base = [hestia.base_temperature(x, T, rho, tau_init) for x in t]
-    ax.plot(t, base, color="#009E73", linestyle="--", label="base (alpha = 0)")
-    ax.set(xlabel="step", ylabel="temperature tau, units of gamma²")
+    ax.plot(t, base, color="#009E73", linestyle="--", label="every tensor, if α = 0")
+    ax.set(xlabel="step of quantization-aware training", ylabel="temperature τ, units of γ")
     right = ax.twinx()
     right.plot(t, [hestia.pressure(x, T, rho) for x in t], color="#777777", linestyle=":", linewidth=2)
-    right.set(ylabel="pressure p (dotted)", ylim=(-0.02, 1.05))
+    right.set(ylabel="pressure p, share of H (dotted)", ylim=(-0.02, 1.05))
     ax.legend(fontsize=8, frameon=False, loc="lower left")
     return ax
 
@@ -82,28 +97,28 @@ def overview(folder):
 
     loss_curves(runs, left)
     left.legend(fontsize=8, frameon=False)
-    left.set_title("Training loss, as the forward pass sees it", fontsize=11)
+    left.set_title("What quantization costs along the way", fontsize=11)
 
     scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()} or {"every tensor": 0.0}
     soft = next((m for m in methods if hestia.QUANTIZERS[m].soft), None)
     schedules(config, scores, middle, table[soft]["tau_init"][0] if soft else config["tau_init"] or 0.35)
-    middle.set_title("First the pressure rises, then the temperature falls", fontsize=11)
+    middle.set_title("Sensitive tensors (high s) stay warm longer", fontsize=11)
 
-    y = np.arange(len(methods))
-    for offset, split, marker in ((-0.13, "train", "o"), (0.13, "val", "s")):
-        mean = [table[m][split][0] for m in methods]
-        spread = [table[m][split][1] or 0.0 for m in methods]
-        colors = [STYLE.get(m, {}).get("color", "#777777") for m in methods]
-        for k in range(len(methods)):
-            right.errorbar(mean[k], y[k] + offset, xerr=spread[k], marker=marker, color=colors[k], capsize=3,
-                           fillstyle="full" if split == "train" else "none", linestyle="none")  # fmt: skip
-    right.set_yticks(y, [hestia.QUANTIZERS[m].label for m in methods])
+    for k, method in enumerate(methods):
+        for offset, split, marker, fill, label in (
+            (-0.12, "train", "o", "full", "training text"), (0.12, "val", "s", "none", "validation text"),
+        ):  # fmt: skip
+            mean, spread = table[method][split]
+            right.errorbar(mean, k + offset, xerr=spread, marker=marker, color=style(method).get("color", "#777777"),
+                           capsize=3, fillstyle=fill, linestyle="none", label=label if k == 0 else None)  # fmt: skip
+    right.set_yticks(range(len(methods)), [hestia.QUANTIZERS[m].label for m in methods])
     right.invert_yaxis()
-    right.set_xlabel("nats per byte, hard weights (● training text, □ validation)")
+    right.set_xlabel("nats per byte, hard weights")
+    right.legend(fontsize=8, frameon=False)
     quantized = [m for m in methods if m != "full"]
-    best = min(quantized, key=lambda m: table[m]["val"][0]) if quantized else None
-    if best:
-        right.set_title(f"Lowest validation loss of the quantized: {hestia.QUANTIZERS[best].label}", fontsize=11)
+    if quantized:
+        best = min(quantized, key=lambda m: table[m]["val"][0])
+        right.set_title(f"Closest at the end: {hestia.QUANTIZERS[best].label}", fontsize=11)
     for ax in (left, middle, right):
         ax.spines["top"].set_visible(False)
         ax.grid(alpha=0.2)

@@ -126,13 +126,15 @@ def check(config):
     for name in ("lr", "pretrain_lr", "clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
+    if config.block_size < 2:
+        raise InputError(f"--block-size is {config.block_size}; expected at least 2, a token and the next one")
     for name in ("weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected 0 or more")
     if not 0 <= config.rho <= 1:
         raise InputError(f"--rho is {config.rho}; expected a share of the training between 0 and 1, such as 0.2")
-    if not math.isfinite(config.alpha):
-        raise InputError(f"--alpha is {config.alpha}; expected a finite number, such as 0.4")
+    if not abs(config.alpha) <= 50:
+        raise InputError(f"--alpha is {config.alpha}; expected a number between -50 and 50, such as 0.4")
     if config.batch_size % config.micro_batches:
         raise InputError(f"--batch-size {config.batch_size} does not split into {config.micro_batches} micro-batches")
     if config.hidden % (2 * config.heads) or config.heads % 2:
@@ -203,7 +205,7 @@ def load_text(config):
 def excerpt(tokens, config):
     """eval_tokens of a split, as blocks evenly spread over it."""
     blocks = tokens[: len(tokens) // config.block_size * config.block_size].view(-1, config.block_size)
-    wanted = config.eval_tokens // config.block_size or len(blocks)
+    wanted = max(1, config.eval_tokens // config.block_size) if config.eval_tokens else len(blocks)
     return blocks[:: max(1, len(blocks) // wanted)][:wanted].flatten()
 
 
@@ -227,11 +229,9 @@ def save_json(path, what):
         aside.write_text(json.dumps(what, indent=1) + "\n")
 
 
-def save_checkpoint(path, model, quantized=(), latents=None):
+def save_checkpoint(path, model, quantized=()):
     """The model as a torch file of plain tensors: quantized weights in bfloat16 if that is exact, the rest as it is."""
     tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    if latents is not None:
-        tensors |= {name + ".weight": w.detach().cpu() for name, w in latents.items()}
     for name in (name + ".weight" for name in quantized):
         narrow = tensors[name].bfloat16()
         tensors[name] = narrow if torch.equal(narrow.to(tensors[name].dtype), tensors[name]) else tensors[name]
@@ -257,7 +257,7 @@ def run_folder(config):
         stem = Path("out") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{config.preset}"
         folder = next(f for n in range(1000) if not (f := stem if n == 0 else Path(f"{stem}-{n}")).exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=bool(config.out))  # of two runs in one second only one gets the name
     except OSError as error:
         raise InputError(f"--out {folder} cannot be made: {error.strerror}") from None
     return folder
@@ -349,8 +349,19 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
     """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
     log_every = max(1, steps // 40)
     snapshots = Snapshots(qat, log_every) if qat else None
+    plain = getattr(model, "_orig_mod", model)  # under torch.compile
+
+    def trained():
+        """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
+        latents = {name + ".weight": w for name, w in qat.latents.items()} if qat else {}
+        return {name: t.detach().cpu().clone() for name, t in {**plain.state_dict(), **latents}.items()}
+
+    good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of the last log line
 
     def on_step(t, record):
+        nonlocal good, newest
+        good = newest or good  # this step's loss was finite, and came of the weights kept after an earlier one
+        newest = {"step": t + 1, "model": trained()} if record is not None else None
         if record is not None:
             reporter.line(record, seed, name, steps)
         if snapshots:
@@ -364,10 +375,11 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
             val=val, eval_every=-(-steps // 5), on_step=on_step,
         )  # fmt: skip
-    except hestia.Diverged:
+    except hestia.Diverged as error:
         path = Path(reporter.file.name).parent / f"last-good-{name}-seed{seed}.pt"
-        save_checkpoint(path, getattr(model, "_orig_mod", model), latents=qat.latents if qat else None)
-        raise
+        with whole(path) as aside:
+            torch.save({"config": dataclasses.asdict(plain.config), **good}, aside)
+        raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
     return snapshots
 
 
@@ -375,8 +387,8 @@ def sensitivities(config, model, tokens, seed):
     """({name: TraceEstimate}, {name: s_i}) at the full-precision weights, on calibration text of the training split."""
     sequences = max(config.calibration, -(-512 // config.block_size))
     ids, targets = hestia.batch_at(tokens, 0, sequences, config.block_size, seed=10_000 + seed)
-    batches = list(zip(ids.split(16), targets.split(16)))
-    batches = batches if len(ids) % 16 == 0 or len(batches) == 1 else [(ids, targets)]  # the mean wants equal parts
+    size = max(n for n in range(1, 17) if sequences % n == 0)  # equal parts, so that the mean over them is the mean
+    batches = list(zip(ids.split(size), targets.split(size)))
     params = hestia.Hestia(model, 1, method="full", group_size=None).weights
     began = time.perf_counter()
 
@@ -421,19 +433,20 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
         traces, scores = sensitivities(config, model, train_text, seed)
     seconds = time.perf_counter() - clock
 
+    group_size = config.group_size or None
+    with hestia.Hestia(model, 1, method="absmean", group_size=group_size).hard():
+        rows["untrained"] = losses(model)
+
     for k, method in enumerate(config.methods):
         label = hestia.QUANTIZERS[method].label
         begin(3 + k, f"{label}: {config.steps} steps")
         restore(model, weights)
         clock = time.perf_counter()
         qat = hestia.Hestia(
-            model, config.steps, method=method, group_size=config.group_size or None, rho=config.rho,
+            model, config.steps, method=method, group_size=group_size, rho=config.rho,
             alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
             dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
         )  # fmt: skip
-        if "untrained" not in rows and method != "full":
-            with qat.hard():
-                rows["untrained"] = losses(model)
         watched = train(config, fast, train_text, seed, reporter, steps=config.steps, lr=config.lr, name=method,
                         qat=qat, val=samples["val"][: 16 * config.block_size])  # fmt: skip
         qat.harden()
@@ -571,6 +584,8 @@ def run(config):
 
 def main(arguments=None):
     config = parse(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
     torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
     try:
@@ -578,7 +593,7 @@ def main(arguments=None):
     except ValueError as error:  # bad input, found by us or by hestia.py
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ArithmeticError) as error:
         print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
