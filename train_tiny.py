@@ -424,7 +424,7 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
     begin(1, f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
     clock = time.perf_counter()
     train(config, fast, train_text, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
-    rows = {"before": {**losses(model), "seconds": time.perf_counter() - clock}}
+    rows = {"before": {"seconds": time.perf_counter() - clock, **losses(model)}}
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     traces, scores, clock = {}, None, time.perf_counter()
@@ -450,7 +450,7 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
         watched = train(config, fast, train_text, seed, reporter, steps=config.steps, lr=config.lr, name=method,
                         qat=qat, val=samples["val"][: 16 * config.block_size])  # fmt: skip
         qat.harden()
-        rows[method] = {**losses(model), "seconds": time.perf_counter() - clock, "tau_init": qat.tau_init}
+        rows[method] = {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init, **losses(model)}
         if method != "full":
             rows[method] |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat)}
         snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
@@ -527,6 +527,18 @@ def print_table(config, table, file=None):
             print("-|-".join("-" * w for w in widths), file=file)
 
 
+def print_paired(config, per_seed):
+    """Each method minus AbsMean STE, seed by seed: the batches are shared, so their noise cancels."""
+    for method in config.methods:
+        if method in ("absmean", "full") or "absmean" not in per_seed[0] or len(per_seed) < 2:
+            continue
+        text = []
+        for split, name in (("train", "train"), ("val", "validation")):
+            gaps = [rows[method][split] - rows["absmean"][split] for rows in per_seed]
+            text.append(f"{name} {np.mean(gaps):+.4f} ± {np.std(gaps, ddof=1):.4f}")
+        print(f"{hestia.QUANTIZERS[method].label} minus AbsMean STE, seed by seed: {', '.join(text)}")
+
+
 def write_something(config, model, seed):
     """A few lines by the ternary model."""
     start = torch.tensor([list(b"\n")], device=config.device)
@@ -570,13 +582,15 @@ def run(config):
 
     print(f"\nHard weights, nats per byte{', mean ± standard deviation over seeds' if config.seeds > 1 else ''}:\n")
     print_table(config, table)
+    print()
+    print_paired(config, per_seed)
     quantized = [m for m in config.methods if m != "full"]
     if quantized:
         last = "hestia" if "hestia" in quantized else quantized[-1]
         path = folder / f"{last}-seed{config.seed}.pt"
         text = write_something(config, load_checkpoint(path).to(config.device), config.seed)
         grid = min(rows[last]["on_grid"] for rows in per_seed)
-        print(f"\n{100 * grid:g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
+        print(f"{100 * grid:g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
               f"What {path} writes:\n\n{text}\n")  # fmt: skip
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
     return folder
