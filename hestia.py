@@ -224,7 +224,7 @@ def _code_mean(z, tau, codebook):
     else:
         near, m1, _ = _softmax_moments(z, tau, codebook)
         mu = near + m1
-    if soft is True:
+    if soft is True:  # a float above 0
         return mu
     return torch.where(torch.as_tensor(soft, device=z.device), mu, _nearest(z, codebook))  # tau = 0: Q exactly
 
@@ -598,6 +598,8 @@ class Hestia:
         self.total_steps, self.group_size, self.rho = total_steps, group_size, rho
         self.alpha = self.quantizer.settings.get("alpha", alpha)
         self.codebook = tuple(self.quantizer.settings.get("codebook", codebook))
+        if list(self.codebook) != sorted(set(self.codebook)) or len(self.codebook) < 2:
+            raise ValueError(f"codebook is {self.codebook}; expected at least two codes, in ascending order")
         if not abs(self.alpha) <= 50:
             raise ValueError(f"alpha is {alpha}; expected a number between -50 and 50, 0.4 in the paper")
 
@@ -636,7 +638,7 @@ class Hestia:
         self.tau_init = tau_init
         self.compile = compile
         self._map = torch.compile(self._relax_all) if compile else self._relax_all
-        self.graph = None  # [W_eff with its graph back to W, for each tensor], between relax and pull_back
+        self.graph = None  # [W_eff with its graph back to W, for each tensor] between relax and pull_back
         for name, weight in self.weights.items():
             weight.requires_grad_(True).grad = None
             if dtype not in (None, weight.dtype):

@@ -745,6 +745,8 @@ def test_hestia_refuses_bad_input():
         bad(rho=2.0)
     with pytest.raises(ValueError, match="expected T > 0"):
         bad(total_steps=0)
+    with pytest.raises(ValueError, match=r"codebook is \(1.0, 0.0\); expected at least two codes, in ascending order"):
+        bad(codebook=(1.0, 0.0))
     with pytest.raises(ValueError, match=r"a sensitivity score is outside 0 \.\. 1"):
         bad(scores={"0": 0.5, "1": 1e9})
     with pytest.raises(ValueError, match="targets chose the model, which has no weight"):
@@ -1175,8 +1177,13 @@ def test_the_standard_library_is_read_the_same_way_twice():
 def test_the_transformers_loop_in_the_readme_runs():
     pytest.importorskip("transformers")
     readme = Path(__file__).with_name("README.md").read_text()
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.S) if "LlamaForCausalLM" in b]
+    loop, guidance = re.findall(r"```python\n(.*?)```", readme, re.S)
     scope = {}
-    exec(block, scope)
+    exec(loop, scope)
     for name, w in scope["qat"].weights.items():
         assert all(len(group.abs().unique()) <= 2 for group in w.detach().reshape(-1, 32)), name
+    scope = {"torch": torch, "model": scope["model"].float(), **vars(h)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a model of noise may have negative traces
+        exec(guidance, scope)
+    assert scope["scores"].keys() == h.Hestia(scope["model"], 1, group_size=32).weights.keys()
