@@ -71,6 +71,8 @@ def _groups(w, group_size):
 
 
 def _at_least_float32(w):
+    if not w.is_floating_point():
+        raise TypeError(f"weights are {w.dtype}; expected floating-point numbers, such as w.float()")
     return w.to(torch.promote_types(w.dtype, torch.float32))  # float16 would lose epsilon, bf16 would lose codes
 
 
@@ -108,8 +110,14 @@ def _normalize(w, group_size, scale):
     return z / gamma, gamma
 
 
+def _check_codebook(codebook):
+    if list(codebook) != sorted(set(codebook)) or len(codebook) < 2:
+        raise ValueError(f"codebook is {codebook}; expected at least two codes, in ascending order")
+
+
 def _nearest(z, codebook):
     """The code nearest to z. Its jumps are the boundaries of Eq. (5), halfway between codes: +-1/2 for TERNARY."""
+    _check_codebook(codebook)
     if tuple(codebook) == TERNARY:
         return z.round().clamp(-1, 1)  # Clip(Round(z), -1, 1); round is half-to-even, so the tie |z| = 1/2 gives 0
     code = torch.full_like(z, codebook[0])
@@ -263,7 +271,8 @@ class _SoftQuantize(torch.autograd.Function):
 def soft_quantize(w, tau, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (8): H(w; tau) = gamma * sum over q of q * pi_tau(q | w). w's shape and dtype.
 
-    Differentiable once (Lemma 4.1) and twice. tau = 0 gives Q(w) exactly, with derivative 0.
+    Differentiable in w once (Lemma 4.1) and twice, with gamma held constant; to compare with finite differences
+    (gradcheck), hold it there too: scale=absmean_scale(w). tau = 0 gives Q(w) exactly, with derivative 0.
 
     >>> w = torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9], requires_grad=True)
     >>> H = soft_quantize(w, tau=0.3)
@@ -598,8 +607,7 @@ class Hestia:
         self.total_steps, self.group_size, self.rho = total_steps, group_size, rho
         self.alpha = self.quantizer.settings.get("alpha", alpha)
         self.codebook = tuple(self.quantizer.settings.get("codebook", codebook))
-        if list(self.codebook) != sorted(set(self.codebook)) or len(self.codebook) < 2:
-            raise ValueError(f"codebook is {self.codebook}; expected at least two codes, in ascending order")
+        _check_codebook(self.codebook)
         if not abs(self.alpha) <= 50:
             raise ValueError(f"alpha is {alpha}; expected a number between -50 and 50, 0.4 in the paper")
 

@@ -129,8 +129,9 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description="Draw the overview figure of a finished run.")
     parser.add_argument("--run", required=True, help="a folder that train_tiny.py wrote, such as out/NAME")
     folder = Path(parser.parse_args(arguments).run)
-    if not (folder / "results.json").exists():
-        print(f"plots.py: {folder} holds no finished run (no results.json); make one with python train_tiny.py",
+    missing = [name for name in ("results.json", "log.jsonl") if not (folder / name).exists()]
+    if missing:
+        print(f"plots.py: {folder} holds no finished run (no {missing[0]}); make one with python train_tiny.py",
               file=sys.stderr)  # fmt: skip
         return 2
     overview(folder).savefig(folder / "overview.png", dpi=150)

@@ -91,6 +91,14 @@ def test_group_size_that_does_not_fit_is_named(group_size):
         h.absmean_scale(randn(3, 12), group_size=5)
 
 
+def test_integers_and_unsorted_codebooks_are_refused():
+    for f in (h.quantize, h.absmean_scale, lambda w: h.soft_quantize(w, 0.3), lambda w: h.assignment_probs(w, 0.3)):
+        with pytest.raises(TypeError, match=r"weights are torch.int64; expected floating-point"):
+            f(torch.tensor([1, 0, -3]))
+    with pytest.raises(ValueError, match="in ascending order"):
+        h.quantize(torch.ones(3), codebook=(1, 0, -1))
+
+
 def test_a_scale_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"scale has shape \(2, 1\); expected one row per group, \(3, 1\)"):
         h.soft_quantize(randn(3, 4), 0.3, group_size=4, scale=torch.ones(2, 1))
@@ -1075,6 +1083,13 @@ def test_a_folder_that_holds_a_run_is_left_alone(finished_run, text, capsys):
     assert before == {p.name: p.read_bytes() for p in finished_run.iterdir()}
 
 
+def test_no_gap_is_reported_where_the_ste_is_not_above_full_precision():
+    rows = {"full": (2.0, 3.0), "absmean": (2.5, 2.9), "hestia": (2.25, 2.95)}
+    rows = {name: {"train": train, "val": val} for name, (train, val) in rows.items()}
+    table = train_tiny.summarize(train_tiny.parse([]), [rows])
+    assert table["hestia"]["gap_train"] == [0.5, None] and "gap_val" not in table["hestia"]
+
+
 def test_plots_from_a_run(finished_run, tmp_path, capsys):
     assert plots.main(["--run", str(finished_run)]) == 0
     assert plots.main(["--run", str(tmp_path)]) == 2
@@ -1177,7 +1192,7 @@ def test_the_standard_library_is_read_the_same_way_twice():
 def test_the_transformers_loop_in_the_readme_runs():
     pytest.importorskip("transformers")
     readme = Path(__file__).with_name("README.md").read_text()
-    loop, guidance = re.findall(r"```python\n(.*?)```", readme, re.S)
+    loop, guidance, _ = re.findall(r"```python\n(.*?)```", readme, re.S)
     scope = {}
     exec(loop, scope)
     for name, w in scope["qat"].weights.items():
