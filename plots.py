@@ -99,10 +99,15 @@ def overview(folder):
     left.legend(fontsize=8, frameon=False)
     left.set_title("What quantization costs along the way", fontsize=11)
 
-    scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()} or {"every tensor": 0.0}
+    scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()}
     soft = next((m for m in methods if hestia.QUANTIZERS[m].soft), None)
-    schedules(config, scores, middle, table[soft]["tau_init"][0] if soft else config["tau_init"] or 0.35)
-    middle.set_title("Sensitive tensors (high s) stay warm longer", fontsize=11)
+    if soft:
+        schedules(config, scores or {"every tensor": 0.0}, middle, table[soft]["tau_init"][0])
+        title = "Sensitive tensors (high s) stay warm longer" if scores else "All tensors cool alike"
+        middle.set_title(title, fontsize=11)
+    else:
+        middle.set_axis_off()
+        middle.set_title("None of these methods has a temperature", fontsize=11)
 
     for k, method in enumerate(methods):
         for offset, split, marker, fill, label in (

@@ -1092,6 +1092,12 @@ def test_no_gap_is_reported_where_the_ste_is_not_above_full_precision():
 
 def test_plots_from_a_run(finished_run, tmp_path, capsys):
     assert plots.main(["--run", str(finished_run)]) == 0
+    run = shutil.copytree(finished_run, tmp_path / "hard only")
+    results = json.loads((run / "results.json").read_text())
+    results["config"]["methods"] = ["full", "absmean"]
+    (run / "results.json").write_text(json.dumps(results))
+    middle = plots.overview(run).axes[1]
+    assert not middle.lines and "None of these methods" in middle.get_title()  # no schedule that nothing followed
     assert plots.main(["--run", str(tmp_path)]) == 2
     assert "make one with python train_tiny.py" in capsys.readouterr().err
 
