@@ -38,6 +38,7 @@ Contents: 3.1 quantization | 3.2 softmax kernel | 3.3 sensitivity and schedules 
 """
 
 import contextlib
+import itertools
 import math
 import time
 import warnings
@@ -325,24 +326,25 @@ class TraceEstimate(NamedTuple):
     products: int
 
 
+def _signs(shape, like, generator):
+    """Rademacher's: +1 or -1 with equal chance, drawn where the generator lives, in like's dtype and on its device."""
+    device = generator.device if generator else like.device
+    return (2 * torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8) - 1).to(like)
+
+
 def _hutchpp(matvec, dim, rank, samples, generator, dtype, device):
     if rank < 0 or samples < 1:
         raise ValueError(f"rank = {rank} and samples = {samples}; expected rank >= 0 and samples >= 1")
     rank = min(rank, dim)
-
-    def rademacher(k):  # (dim, k) of +-1, drawn where the generator lives
-        signs = torch.randint(0, 2, (dim, k), generator=generator, device=generator.device if generator else device)
-        return (2 * signs - 1).to(device=device, dtype=dtype)
-
-    S, G = rademacher(rank), rademacher(samples)  # independent: reusing S as G would bias the trace
+    like = torch.empty(0, dtype=dtype, device=device)
+    S, G = (_signs((dim, k), like, generator) for k in (rank, samples))  # independent: S reused as G biases the trace
     Q = torch.linalg.qr(matvec(S)).Q if rank else S  # (dim, rank), orthonormal basis of the range of H S
     G = G - Q @ (Q.T @ G)  # (I - Q Q^T) G, projected before the product
     HQ, HG = matvec(torch.cat([Q, G], 1)).split([rank, samples], 1)
     sketched = (Q.double() * HQ.double()).sum()  # Tr(Q^T H Q): exact on what the sketch caught
     rest = (G.double() * HG.double()).sum(0)  # (samples,): estimates of what it missed
-    value = float(sketched + rest.mean())  # Eq. (12) prints no 1/m: without it the rest counts m times
-    stderr = float(rest.std() / samples**0.5) if samples > 1 else math.inf
-    return TraceEstimate(value, stderr, abs(value) < 2 * stderr, 2 * rank + samples)
+    value = sketched + rest.mean()  # Eq. (12) prints no 1/m: without it the rest counts m times
+    return _estimate(value, rest, 2 * rank + samples)
 
 
 def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device=None):
@@ -359,49 +361,138 @@ def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device
     return _hutchpp(matvec, dim, rank, samples, generator, dtype or torch.get_default_dtype(), device).value
 
 
+def _gradients(loss_fn, batch, weights):
+    """The gradients of one batch's mean loss with the graph behind them, so that they can be differentiated again."""
+    return torch.autograd.grad(loss_fn(batch), weights, create_graph=True, materialize_grads=True)
+
+
+def _hessian_product(grads, weights, vectors):
+    """H v: the gradients of g . v, one backward pass through the backward pass. Vectors have the weights' shapes."""
+    live = [(g, v) for g, v in zip(grads, vectors) if g.requires_grad]  # of others the loss is at most linear
+    if not live:
+        return [torch.zeros_like(w) for w in weights]
+    g, v = zip(*live)
+    return torch.autograd.grad(g, weights, v, retain_graph=True, materialize_grads=True)
+
+
+def _estimate(value, readings, products):
+    """value: the mean of independent readings, plus what is known without error. Their spread gives the error."""
+    stderr = float(readings.std() / len(readings) ** 0.5) if len(readings) > 1 else math.inf
+    return TraceEstimate(float(value), stderr, abs(float(value)) < 2 * stderr, products)
+
+
+def _joint_traces(loss_fn, params, batches, probes, generator, step):
+    """One product for all tensors. Tensor j gets the probe v_j = alpha_j z_j, random signs of its own times a number.
+    Tensor i reads t_i = z_i . (H v)_i / alpha_i = sum over j of (alpha_j / alpha_i) z_i . H_ij z_j.
+
+    Signs of different tensors are independent, so terms j != i average to zero: E t_i = Tr H_ii for any fixed alpha.
+    What they add is noise, (alpha_j / alpha_i)^2 ||H_ij||^2 each: with all alpha equal, the tensors of large curvature
+    drown the others. Relative to the squared traces, the terms (i, j) and (j, i) together are least when alpha_j^2 is
+    proportional to 1 / Tr H_jj, whatever H_ij is. Those traces are what we are after, but squared gradient norms grow
+    like them, and the gradient is at hand: alpha_j = 1 / ||g_j||, fixed before the signs are drawn, costs nothing
+    and makes the error several times smaller (notebooks/curvature.py).
+    """
+    weights = list(params.values())
+    readings = torch.zeros(len(weights), probes, dtype=torch.float64)
+    for batch in batches:  # each with signs of its own: the mean over batches then averages their noise as well
+        grads = _gradients(loss_fn, batch, weights)
+        norms = torch.stack([g.detach().norm() for g in grads])
+        alpha = 1 / norms.clamp_min(1e-3 * norms.max().clamp_min(1e-30))  # (tensors,); finite where g_j is zero
+        for k in range(probes):
+            v = [_signs(w.shape, w, generator).mul_(a) for w, a in zip(weights, alpha)]
+            Hv = _hessian_product(grads, weights, v)
+            t = [(v_i * Hv_i).sum(dtype=torch.float64) / a**2 for v_i, Hv_i, a in zip(v, Hv, alpha)]
+            readings[:, k] += torch.stack(t).cpu() / len(batches)
+            step()
+        del grads, Hv  # and with them this batch's graph, before the next one is built
+    return {name: _estimate(t.mean(), t, probes) for name, t in zip(params, readings)}
+
+
 def hessian_traces(
     loss_fn, params, batches, estimator="hutchpp", rank=10, samples=20, *, generator=None, progress=None
 ):
     """Section 3.3.1: h_i = Tr(H_i), with H_i the block of the Hessian that belongs to the tensor i alone.
 
     loss_fn(batch) -> scalar, the mean loss in nats; params: {name: tensor that requires grad}; batches: what loss_fn
-    takes, the mean over them is differentiated. estimator: "hutchpp", the paper's, tensor by tensor, 2 rank + samples
-    products each. progress(done, total): called after each tensor. Returns {name: TraceEstimate}, in nats per squared
-    weight. Gradients stay as they were.
+    takes, the mean over them is differentiated, one graph at a time. estimator: "hutchpp", the paper's, tensor by
+    tensor with 2 rank + samples products each; or "joint", which reads every tensor from each product, 2 rank + samples
+    in all. progress(done, total): called after each product of each batch. Returns {name: TraceEstimate}, in nats per
+    squared weight. The same generator seed gives the same estimates; gradients stay as they were.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> loss = lambda batch: w[0] ** 3 + w[1] ** 2                            # its Hessian is diag(6, 2)
     >>> round(hessian_traces(loss, {"w": w}, [None], rank=2)["w"].value, 4)
     8.0
+    >>> round(hessian_traces(loss, {"w": w}, [None], "joint")["w"].value, 4)  # signs are exact where H is diagonal
+    8.0
     """
-    if estimator != "hutchpp":
-        raise ValueError(f"unknown trace estimator {estimator!r}; expected 'hutchpp'")
-    batches = list(batches)
+    if estimator not in ("hutchpp", "joint"):
+        raise ValueError(f"unknown trace estimator {estimator!r}; expected 'hutchpp' or 'joint'")
+    batches, probes = list(batches), 2 * rank + samples
+    generator, step = _calibration(params, batches, rank, samples, generator, progress,
+                                   probes * (len(params) if estimator == "hutchpp" else 1))  # fmt: skip
+
+    def products(w, V):  # (d, k) -> (d, k): the mean over the batches of H_i V
+        HV = torch.zeros(V.shape, dtype=torch.float64, device=V.device)
+        for batch in batches:
+            grads = _gradients(loss_fn, batch, [w])  # once for all columns of V
+            for k in range(V.shape[1]):
+                (Hv,) = _hessian_product(grads, [w], [V[:, k].view_as(w)])
+                HV[:, k] += Hv.flatten().double() / len(batches)
+                step()
+            del grads, Hv  # and with them this batch's graph, before the next one is built
+        return HV.to(V.dtype)
+
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention that PyTorch can differentiate twice
+        if estimator == "joint":
+            return _joint_traces(loss_fn, params, batches, probes, generator, step)
+        return {name: _hutchpp(lambda V, w=w: products(w, V), w.numel(), rank, samples, generator, w.dtype, w.device)
+                for name, w in params.items()}  # fmt: skip
+
+
+def fisher_traces(logits_fn, params, batches, samples=20, *, generator=None, progress=None):
+    """A stand-in for the Hessian's traces that is never negative: those of the Gauss-Newton matrix (Fisher's).
+
+    With labels drawn from the model's own distribution, T ||dL/dW_i||^2 has that trace for its mean, L being the mean
+    loss over the batch's T tokens: one backward pass per sample serves all tensors, with any attention.
+    logits_fn(batch) -> (..., V). The rest, and what is returned, as in `hessian_traces`; products = samples.
+
+    >>> b = torch.zeros(3, requires_grad=True)            # logits of one token: H = diag(pi) - pi pi^T with pi = 1/3
+    >>> round(fisher_traces(lambda batch: b.view(1, 3), {"b": b}, [None], samples=4)["b"].value, 4)
+    0.6667
+    """
+    batches, weights = list(batches), list(params.values())
+    generator, step = _calibration(params, batches, 0, samples, generator, progress, samples)
+    readings = torch.zeros(len(weights), samples, dtype=torch.float64)
+    for batch in batches:
+        logits = _at_least_float32(logits_fn(batch)).flatten(0, -2)  # (T, V)
+        probs = torch.softmax(logits.detach(), -1)
+        for k in range(samples):
+            labels = torch.multinomial(probs, 1, generator=generator).squeeze(1)  # (T,)
+            loss = F.cross_entropy(logits, labels)
+            grads = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
+            t = [len(labels) * g.square().sum(dtype=torch.float64) for g in grads]
+            readings[:, k] += torch.stack(t).cpu() / len(batches)
+            step()
+        del logits, loss
+    return {name: _estimate(t.mean(), t, samples) for name, t in zip(params, readings)}
+
+
+def _calibration(params, batches, rank, samples, generator, progress, passes):
+    """Refuse what cannot work; return a generator where the tensors live, and what to call after each product."""
+    if rank < 0 or samples < 1:
+        raise ValueError(f"rank = {rank} and samples = {samples}; expected rank >= 0 and samples >= 1")
     if not batches:
         raise ValueError("no calibration batches; a trace needs at least one")
     for name, w in params.items():
         if not w.requires_grad or w.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {w.dtype} with requires_grad = {w.requires_grad}; a trace needs a tensor in "
                              "float32 or float64 that requires grad")  # fmt: skip
-
-    def products(w, V):  # (d, k) -> (d, k): the mean over the batches of H_i V, one graph at a time
-        HV = torch.zeros(V.shape, dtype=torch.float64, device=V.device)
-        for batch in batches:
-            with sdpa_kernel(SDPBackend.MATH):  # the only attention that PyTorch can differentiate twice
-                loss = loss_fn(batch)
-                (grad,) = torch.autograd.grad(loss, w, create_graph=True, materialize_grads=True)  # once for all V
-            for k in range(V.shape[1] if grad.requires_grad else 0):
-                (hv,) = torch.autograd.grad(grad, w, V[:, k].view_as(w), retain_graph=True, materialize_grads=True)
-                HV[:, k] += hv.flatten().double() / len(batches)
-        return HV.to(V.dtype)
-
-    traces = {}
-    for name, w in params.items():
-        matvec = lambda V, w=w: products(w, V)
-        traces[name] = _hutchpp(matvec, w.numel(), rank, samples, generator, w.dtype, w.device)
-        if progress:
-            progress(len(traces), len(params))
-    return traces
+    device = next((w.device for w in params.values()), None)
+    if generator is not None and generator.device != device:  # draw billions of signs where they are needed
+        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    done = itertools.count(1)
+    return generator, lambda: progress and progress(next(done), passes * len(batches))
 
 
 def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
@@ -420,7 +511,8 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
         raise ValueError(f"the Hessian trace is not finite for {', '.join(broken)}; check the model's loss")
     positive = {name: h for name, h in value.items() if h > 0}
     if not positive:
-        raise ValueError("no Hessian trace is positive, so no score exists; calibrate a trained model on more tokens")
+        raise ValueError("no Hessian trace is positive, so no score exists; calibrate a trained model on more tokens, "
+                         "or use fisher, whose traces are never negative")  # fmt: skip
     trusted = [h for name, h in positive.items() if not getattr(traces[name], "flagged", False)]
     floor = 0.5 * min(trusted or positive.values())
     low = [name for name, h in value.items() if h < floor]

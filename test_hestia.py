@@ -14,6 +14,7 @@ import re
 import shlex
 import shutil
 import warnings
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -515,6 +516,26 @@ def test_hutchpp_beats_hutchinson_on_a_decaying_spectrum():
     assert 5 * rms(lambda g: h.hutchpp(lambda V: H @ V, 200, 10, 20, g, torch.float64)) < rms(hutchinson)
 
 
+def slope(f, budgets):
+    """Of log error against log products, by least squares; f(products, generator) -> an error."""
+    rms = [np.sqrt(np.mean([f(m, torch.Generator().manual_seed(s)) ** 2 for s in range(80)])) for m in budgets]
+    return np.polyfit(np.log(budgets), np.log(rms), 1)[0], rms[-1]
+
+
+def test_hutchpp_converges_faster_than_hutchinson_where_the_spectrum_decays():
+    k, budgets, n = np.arange(1, 401), (24, 48, 96, 192), 400
+    errors = {}
+    signs = np.where(np.random.default_rng(0).random(n) < 0.5, -1.0, 1.0)  # on the identity Hutchinson would be exact
+    for name, spectrum in (("k^-1", 1 / k), ("k^-2", 1 / k**2), ("flat", signs)):
+        H, truth = symmetric(spectrum), spectrum.sum()
+        run = lambda rank, m, g, H=H: h.hutchpp(lambda V: H @ V, n, rank, m - 2 * rank, g, torch.float64)
+        errors[name] = slope(lambda m, g, run=run, truth=truth: run(m // 4, m, g) - truth, budgets)
+        errors[name, 0] = slope(lambda m, g, run=run, truth=truth: run(0, m, g) - truth, budgets)  # Hutchinson
+    assert errors["k^-1"][0] < -1 and errors["k^-2"][0] < -1.6
+    assert -0.75 < errors["flat"][0] < -0.25 and -0.75 < errors["k^-2", 0][0] < -0.25
+    assert errors["k^-2"][1] < errors["k^-2", 0][1] and errors["flat"][1] > errors["flat", 0][1]  # there it loses
+
+
 def tiny_llama(seed=0, **changes):
     torch.manual_seed(seed)
     shape = dict(vocab_size=17, hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
@@ -547,6 +568,171 @@ def test_traces_of_a_tiny_llama_against_the_dense_hessian():
         assert abs(few[name].value - exact) < 6 * few[name].stderr and few[name].products == 40, name
 
 
+class Curved:
+    """A trained tiny Llama, and the exact Hessian of all its quantized tensors together: unit vectors, float64."""
+
+    def __init__(self):
+        text = bytearray(train_tiny.standard_library()[0][:300_000])
+        text = torch.frombuffer(text, dtype=torch.uint8).clamp(max=127)
+        torch.manual_seed(0)
+        self.model = h.Llama(h.LlamaConfig(
+            vocab_size=128, hidden_size=12, intermediate_size=18, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, rope_theta=10000.0,
+        ))  # fmt: skip
+        h.train(self.model, text, steps=400, batch_size=16, block_size=64, lr=1e-2)
+        self.model.double()
+        self.params = h.Hestia(self.model, 1, method="full", group_size=None).weights
+        self.weights, self.sizes = list(self.params.values()), [w.numel() for w in self.params.values()]
+        self.batch = h.batch_at(text, 0, 6, 64, seed=99)
+        self.loss_fn = lambda batch: self.model(*batch)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            self.grads = h._gradients(self.loss_fn, self.batch, self.weights)
+        self.g = torch.cat([g.detach().flatten() for g in self.grads])
+        self.H = torch.stack([self.product(unit) for unit in torch.eye(len(self.g), dtype=torch.float64)])
+        ends = np.cumsum(self.sizes)
+        self.blocks = [self.H[e - n : e, e - n : e].contiguous() for e, n in zip(ends, self.sizes)]
+        self.exact = torch.stack([B.trace() for B in self.blocks])
+
+    def product(self, v):  # (N,) -> (N,)
+        parts = [part.view_as(w) for part, w in zip(v.split(self.sizes), self.weights)]
+        return torch.cat([Hv.flatten() for Hv in h._hessian_product(self.grads, self.weights, parts)])
+
+    def joint(self, seeds, products):
+        """The joint estimator on g . x + x . H x / 2 at x = 0, whose gradient and Hessian are this model's."""
+        x = {name: torch.zeros(n, requires_grad=True) for name, n in zip(self.params, self.sizes)}
+        g, H = self.g.float(), self.H.float()
+        flat = lambda: torch.cat(list(x.values()))
+        loss_fn = lambda _: g @ flat() + 0.5 * flat() @ (H @ flat())
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(seed)
+            yield list(h.hessian_traces(loss_fn, x, [0], "joint", 0, products, generator=generator).values())
+
+    def per_tensor(self, seed, mutant=""):
+        generator, out = torch.Generator().manual_seed(seed), []
+        for B in self.blocks:
+            if not mutant:
+                out.append(h._hutchpp(lambda V, B=B: B @ V, len(B), 10, 20, generator, B.dtype, "cpu"))
+                continue
+            S, Gm = (h._signs((len(B), k), B, generator) for k in (10, 20))
+            Q = torch.linalg.qr(B @ S).Q
+            Gm = torch.cat([S, Gm[:, 10:]], 1) if mutant == "S in G" else Gm
+            Gm = Gm if mutant == "G not projected" else Gm - Q @ (Q.T @ Gm)
+            rest = (Gm * (B @ Gm)).sum() / (1 if mutant == "no 1/m" else 20)
+            out.append(h.TraceEstimate(((Q * (B @ Q)).sum() + rest).item(), 0.0, False, 40))
+        return out
+
+    def worst_bias(self, values):
+        """Distance of the mean over seeds from the exact trace in its standard errors, for the worst tensor."""
+        return ((values.mean(0) - self.exact) / (values.std(0) / len(values) ** 0.5)).abs().max().item()
+
+    def accuracy(self, values):
+        """Root mean square relative error, and the mean Spearman correlation with the exact traces."""
+        rank = lambda x: x.argsort().argsort().double().numpy()
+        correlation = np.mean([np.corrcoef(rank(v), rank(self.exact))[0, 1] for v in values])
+        return ((values - self.exact) / self.exact).square().mean().sqrt().item(), correlation
+
+
+@pytest.fixture(scope="module")
+def curved():
+    return Curved()
+
+
+def test_one_product_is_symmetric(curved):
+    u, v = randn(2, len(curved.g), seed=5)
+    assert abs(u @ curved.product(v) - v @ curved.product(u)) < 1e-10
+    assert (curved.H - curved.H.T).abs().max() < 1e-12 and torch.allclose(curved.product(u), curved.H @ u, atol=1e-10)
+
+
+def test_hutchpp_finds_the_traces_of_a_trained_llama_and_its_mutants_do_not(curved):
+    estimates = [curved.per_tensor(seed) for seed in range(200)]
+    values, errors = (f64([[getattr(e, what) for e in row] for row in estimates]) for what in ("value", "stderr"))
+    assert curved.worst_bias(values) < 4
+    rms, correlation = curved.accuracy(values)
+    assert rms <= 0.05 and correlation >= 0.99 and estimates[0][0].products == 40
+    assert 0.5 < ((values - curved.exact) / errors).square().mean() < 2  # the standard error means what it says
+    for mutant in ("no 1/m", "S in G", "G not projected"):
+        values = f64([[e.value for e in curved.per_tensor(seed, mutant)] for seed in range(200)])
+        assert curved.worst_bias(values) > 4, mutant
+
+
+def test_joint_probing_finds_them_with_40_products_in_all(curved):
+    estimates = list(curved.joint(range(200), products=10))
+    values, errors = (f64([[getattr(e, what) for e in row] for row in estimates]) for what in ("value", "stderr"))
+    assert curved.worst_bias(values) < 4
+    values40 = values.view(50, 4, -1).mean(1)  # the probes are independent: four times ten are forty
+    errors40 = errors.view(50, 4, -1).square().mean(1).sqrt() / 2
+    rms, correlation = curved.accuracy(values40)
+    assert rms <= 0.15 and correlation >= 0.98
+    assert 0.5 < ((values40 - curved.exact) / errors40).square().mean() < 2
+    # without the scaling by gradient norms the same products say much less
+    G = h._signs((len(curved.H), 2000), curved.H, torch.Generator().manual_seed(0))
+    unscaled = torch.stack([t.sum(0) for t in (G * (curved.H @ G)).split(curved.sizes)], 1).view(50, 40, -1).mean(1)
+    assert curved.worst_bias(unscaled) < 4 and curved.accuracy(unscaled)[0] > 1.3 * rms
+
+
+def test_traces_by_real_products(curved):
+    curved.weights[0].grad = marker = torch.ones_like(curved.weights[0])
+    told = []
+    run = lambda estimator, seed, params=curved.params: h.hessian_traces(
+        curved.loss_fn, params, [curved.batch], estimator, generator=torch.Generator().manual_seed(seed),
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    joint = [run("joint", seed) for seed in (0, 1, 0)]
+    assert joint[0] == joint[2] != joint[1] and told[:40] == [(k, 40) for k in range(1, 41)]
+    few = dict(list(curved.params.items())[3:5])
+    told.clear()
+    hutchpp = run("hutchpp", 0, few)
+    assert told == [(k, 80) for k in range(1, 81)] and hutchpp == run("hutchpp", 0, few)
+    assert curved.weights[0].grad is marker and all(w.grad is None for w in curved.weights[1:])
+    exact = dict(zip(curved.params, curved.exact.tolist()))
+    for name, e in [*joint[0].items(), *joint[1].items(), *hutchpp.items()]:
+        assert abs(e.value - exact[name]) < 5 * e.stderr and e.products == 40, name
+        assert e.flagged == (abs(e.value) < 2 * e.stderr)
+
+
+def test_batches_are_averaged_one_graph_at_a_time():
+    class Saved:  # what a graph keeps for its backward pass, and lets go when it goes
+        def __init__(self, x):
+            self.x = x
+            saved.add(self)
+
+    w, v = (torch.ones(3, requires_grad=True) for _ in range(2))
+    saved, calls = weakref.WeakSet(), []
+
+    def loss_fn(b):  # Hessian of w: diag(6 b^2); of v: 0, and its gradient vanishes too
+        assert not saved, "the graph of an earlier batch is still there"
+        calls.append(b)
+        with torch.autograd.graph.saved_tensors_hooks(Saved, lambda s: s.x):
+            return (b**2 * w**3).sum() + (0 * v).sum()
+
+    for estimator in ("hutchpp", "joint"):
+        calls.clear()
+        traces = h.hessian_traces(loss_fn, {"w": w, "v": v}, iter([1.0, 2.0, 3.0]), estimator)
+        assert traces["w"].value == pytest.approx(18 * (1 + 4 + 9) / 3, rel=1e-5) and traces["v"].value == 0
+        assert len(calls) == (12 if estimator == "hutchpp" else 3)  # twice per batch and tensor; once per batch
+
+
+def test_fisher_traces_are_those_of_the_gauss_newton_matrix():
+    model = tiny_llama()
+    params = h.Hestia(model, 1, method="full", group_size=None).weights
+    ids = torch.randint(0, 17, (2, 8), generator=torch.Generator().manual_seed(1))
+    logits_fn = lambda ids: model(ids)
+    seeded = lambda seed: torch.Generator().manual_seed(seed)
+    run = lambda seed: h.fisher_traces(logits_fn, params, ids.split(1), 30, generator=seeded(seed))
+    runs = [run(seed) for seed in range(60)]
+    assert run(0) == runs[0] != runs[1]
+    for name, w in params.items():
+        logits_of = lambda w, name=name: functional_call(model, {name + ".weight": w}, (ids,)).flatten(0, 1)
+        J = torch.autograd.functional.jacobian(logits_of, w.detach()).flatten(2)  # (T, V, d)
+        pi = torch.softmax(model(ids).detach().flatten(0, 1), -1)  # (T, V)
+        S = torch.diag_embed(pi) - pi[:, :, None] * pi[:, None, :]
+        exact = torch.einsum("tvd,tvu,tud->", J, S, J).item() / len(pi)
+        values, errors = f64([r[name].value for r in runs]), f64([r[name].stderr for r in runs])
+        assert abs(values.mean() - exact) < 4 * values.std() / 60**0.5, name
+        assert (values >= 0).all() and 0.5 < ((values - exact) / errors).square().mean() < 2, name
+        assert runs[0][name].products == 30
+
+
 def test_hessian_traces_refuse_what_they_cannot_do():
     w = torch.ones(3, requires_grad=True)
     with pytest.raises(ValueError, match="unknown trace estimator 'magic'"):
@@ -556,7 +742,10 @@ def test_hessian_traces_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match=r"w is torch.bfloat16 .* a trace needs a tensor in float32 or float64"):
         h.hessian_traces(lambda b: w.sum(), {"w": w.bfloat16()}, [0])
     for loss in (lambda b: (3 * w).sum(), lambda b: torch.ones(1, requires_grad=True).sum()):
-        assert h.hessian_traces(loss, {"w": w}, [0])["w"].value == 0.0  # linear in w, or without it: no curvature
+        for estimator in ("hutchpp", "joint"):
+            assert h.hessian_traces(loss, {"w": w}, [0], estimator)["w"].value == 0.0  # linear in w, or without it
+    with pytest.raises(ValueError, match="samples >= 1"):
+        h.hessian_traces(lambda b: w.sum(), {"w": w}, [0], "joint", rank=0, samples=0)
     a, b = (h.hessian_traces(lambda b: (w * b).pow(2).sum(), {"w": w}, batches, rank=3)["w"].value
             for batches in ([1.0, 3.0], iter([1.0, 3.0])))  # fmt: skip
     assert a == pytest.approx(3 * (2 + 18) / 2, rel=1e-5) and b == pytest.approx(a, rel=1e-5)  # the mean over batches
@@ -580,7 +769,7 @@ def test_traces_that_are_not_positive():
     with pytest.warns(UserWarning, match="for noise: floored at 1 "):
         floored = h.sensitivity_scores({"a": h.TraceEstimate(2.0, 0.1, False, 40), "b": 200.0, "noise": noise})
     assert floored == pytest.approx(h.sensitivity_scores({"a": 2.0, "b": 200.0, "noise": 1.0}))
-    with pytest.raises(ValueError, match="no Hessian trace is positive"):
+    with pytest.raises(ValueError, match=r"no Hessian trace is positive.* more tokens, or use fisher"):
         h.sensitivity_scores({"a": -1.0, "b": 0.0})
     with pytest.raises(ValueError, match="not finite for b"):
         h.sensitivity_scores({"a": 1.0, "b": math.nan})
@@ -1046,7 +1235,8 @@ def finished_run(text, tmp_path_factory):
 def test_a_run_leaves_everything_it_promises(finished_run):
     names = {p.name for p in finished_run.iterdir()}
     checkpoints = {f"{m}-seed{s}.pt" for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in (0, 1)}
-    assert names == {"config.json", "log.jsonl", "results.json", "snapshots.npz", "overview.png"} | checkpoints
+    assert names == {"config.json", "log.jsonl", "results.json", "snapshots.npz", "overview.png",
+                     "sensitivities.json"} | checkpoints
     results = json.loads((finished_run / "results.json").read_text())
     table = results["table"]
     assert list(table) == ["before", "untrained", "full", "absmean", "hestia-no-hessian", "hestia"]
@@ -1122,6 +1312,7 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     (["--micro-batches", "3"], "does not split into 3 micro-batches"),
     (["--device", "abacus"], "--device abacus cannot be used"),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
+    (["--sensitivity", "guess"], "argument --sensitivity: invalid choice: 'guess'"),
     (["--preset", "huge"], "argument --preset: invalid choice"),
     (["--colour"], "unrecognized arguments: --colour"),
 ])  # fmt: skip
@@ -1157,6 +1348,33 @@ def test_no_positive_trace_is_one_sentence(text, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(h, "hessian_traces", negative)
     assert train_tiny.main(["--data", text, "--out", str(tmp_path / "run"), "--methods", "hestia", *TINY]) == 2
     assert "no Hessian trace is positive, so no score exists; calibrate" in capsys.readouterr().err
+
+
+def test_sensitivities_are_estimated_once_for_the_same_weights_text_and_settings(text, tmp_path, monkeypatch, capsys):
+    calls, original = [], train_tiny.measure_sensitivities
+    monkeypatch.setattr(train_tiny, "measure_sensitivities", lambda *a: calls.append(a) or original(*a))
+
+    def run(name, *more):
+        arguments = ["--data", text, "--out", str(tmp_path / name), "--methods", "hestia", *TINY, "--steps", "2", *more]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert train_tiny.main(arguments) == 0
+        return json.loads((tmp_path / name / "sensitivities.json").read_text()), capsys.readouterr().out
+
+    (first, _), (second, said) = run("a"), run("b", "--lr", "1e-4")
+    assert len(calls) == 1 and first == second and "taken from a/sensitivities.json" in said
+    for n, more in enumerate(("--samples 3", "--pretrain-steps 21", "--calibration 20", "--seed 1")):
+        assert run(f"other{n}", *more.split())[0].keys() != first.keys()
+    assert len(calls) == 5
+    for n, broken in enumerate(("{", "[]", '{"x": {}}', '{"x": {"tensors": {"a": {}}}}')):
+        (tmp_path / f"broken{n}").mkdir()
+        (tmp_path / f"broken{n}" / "sensitivities.json").write_text(broken)
+    for kind in ("joint", "fisher", "gradnorm", "error"):
+        (entry,) = run(kind, "--sensitivity", kind)[0].values()
+        values = [t["value"] for t in entry["tensors"].values()]
+        assert len(values) == 7 and all(map(math.isfinite, values))
+        assert min(values) > 0 or kind == "joint"
+        assert ("stderr" in entry["tensors"]["model.layers.0.mlp.up_proj"]) == (kind in ("joint", "fisher"))
 
 
 def test_two_bit_and_binary_runs_save_and_read_back(text, tmp_path):

@@ -7,7 +7,8 @@
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
 steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
-(one record per line), results.json, snapshots.npz, overview.png, and one checkpoint per method and seed.
+(one record per line), sensitivities.json, results.json, snapshots.npz, overview.png, and a checkpoint per method and
+seed.
 """
 
 import argparse
@@ -63,8 +64,10 @@ class Config:
     tau_init: float = option("initial temperature, in units of gamma; 0: by least squares (sec. 5.1)", 0.0, 0.0, 0.3)
     group_size: int = option("weights that share one scale; 0: one scale per tensor", 64, 64, 128)
     calibration: int = option("sequences for the Hessian traces (at least 512 tokens)", 4, 16, 50)
+    sensitivity: str = option("what ranks the tensors: Hessian traces by hutchpp (the paper's), joint (all from "
+                              "the same products) or fisher (never negative); gradnorm; rounding error", "hutchpp")
     rank: int = option("rank r of the Hutch++ sketch", 10)
-    samples: int = option("Rademacher samples of Hutch++", 20)
+    samples: int = option("Rademacher samples of Hutch++; backward passes of fisher", 20)
     batch_size: int = option("sequences per step", 32, 64, 256)
     micro_batches: int = option("parts into which a step's batch is cut, to save memory", 1, 1, 8)
     block_size: int = option("bytes per sequence", 128, 128, 1024)
@@ -76,6 +79,12 @@ class Config:
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
     out: str = option("folder of this run; default: a new one under out/", "")
+
+
+CHOICES = {
+    "clip_at": ("effective", "latent"),
+    "sensitivity": ("hutchpp", "joint", "fisher", "gradnorm", "error"),
+}
 
 
 class InputError(ValueError):
@@ -99,8 +108,8 @@ def parse(arguments):
         kind = {"type": f.type, "metavar": f.type.__name__.upper()}
         if f.name == "preset":
             kind = {"choices": list(values)}
-        elif f.name == "clip_at":
-            kind = {"choices": ["effective", "latent"]}
+        elif f.name in CHOICES:
+            kind = {"choices": CHOICES[f.name]}
         elif f.type is bool:
             kind = {"action": argparse.BooleanOptionalAction}
         elif f.type is tuple:
@@ -383,24 +392,84 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
     return snapshots
 
 
-def sensitivities(config, model, tokens, seed):
-    """({name: TraceEstimate}, {name: s_i}) at the full-precision weights, on calibration text of the training split."""
+def sensitivities(config, model, tokens, seed, folder):
+    """What --sensitivity asks for, at the full-precision weights and on calibration text of the training split.
+
+    Returns {name: TraceEstimate, or float} and leaves it in folder/sensitivities.json. If this run, or one in a folder
+    beside it, has found it before for the same weights, text and settings, it is taken from there.
+    """
     sequences = max(config.calibration, -(-512 // config.block_size))
     ids, targets = hestia.batch_at(tokens, 0, sequences, config.block_size, seed=10_000 + seed)
     size = max(n for n in range(1, 17) if sequences % n == 0)  # equal parts, so that the mean over them is the mean
     batches = list(zip(ids.split(size), targets.split(size)))
     params = hestia.Hestia(model, 1, method="full", group_size=None).weights
-    began = time.perf_counter()
+
+    settings = {"sensitivity": config.sensitivity, "rank": config.rank, "samples": config.samples, "seed": seed,
+                "group_size": config.group_size, "batch": size, "device": torch.device(config.device).type}  # fmt: skip
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for tensor in (*model.state_dict().values(), ids, targets):
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    key = digest.hexdigest()
+    for other in (folder, *sorted(folder.resolve().parent.iterdir(), reverse=True)):
+        entry = read_sensitivities(other).get(key)
+        if entry and entry["tensors"].keys() == params.keys():
+            print(f"  taken from {other.name}/sensitivities.json: the same weights, text and settings", flush=True)
+            break
+    else:
+        clock = time.perf_counter()
+        found = measure_sensitivities(config, model, batches, params, seed)
+        found = {name: h._asdict() if isinstance(h, tuple) else {"value": h} for name, h in found.items()}
+        entry = {"settings": settings, "seconds": time.perf_counter() - clock, "tensors": found}
+    save_json(folder / "sensitivities.json", {**read_sensitivities(folder), key: entry})
+    return {name: as_estimate(h) for name, h in entry["tensors"].items()}
+
+
+def as_estimate(h):
+    return hestia.TraceEstimate(**h) if len(h) > 1 else float(h["value"])
+
+
+def read_sensitivities(folder):
+    """{key: entry} of a run's sensitivities.json; {} if there is none, or none that makes sense."""
+    try:
+        known = json.loads((folder / "sensitivities.json").read_text())
+        for entry in known.values():
+            list(map(as_estimate, entry["tensors"].values()))
+        return known
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return {}
+
+
+def measure_sensitivities(config, model, batches, params, seed):
+    began, shown = time.perf_counter(), 0.0
 
     def progress(done, total):
-        left = (time.perf_counter() - began) / done * (total - done)
-        print(f"\r  tensor {done}/{total}, {left:.0f} s left ", end="" if done < total else "\n", flush=True)
+        nonlocal shown
+        clock = time.perf_counter()
+        if done == total or clock - shown > 0.5:
+            left, shown = (clock - began) / done * (total - done), clock
+            print(f"\r  {done}/{total} products, {left:.0f} s left ", end="" if done < total else "\n", flush=True)
 
-    traces = hestia.hessian_traces(
-        lambda batch: model(*batch), params, batches, rank=config.rank, samples=config.samples,
-        generator=torch.Generator().manual_seed(seed), progress=progress,
-    )  # fmt: skip
-    return traces, hestia.sensitivity_scores(traces, config.kappa)
+    if config.sensitivity == "error":  # the relative error of rounding to ternary
+        rounded = {name: hestia.quantize(w.detach(), config.group_size or None) for name, w in params.items()}
+        return {name: float((w.detach() - rounded[name]).norm() / w.detach().norm()) for name, w in params.items()}
+    if config.sensitivity == "gradnorm":
+        grads = [torch.autograd.grad(model(*batch), list(params.values())) for batch in batches]
+        return {name: float(sum(parts).norm()) / len(batches) for name, parts in zip(params, zip(*grads))}
+    settings = {"generator": torch.Generator().manual_seed(seed), "progress": progress, "samples": config.samples}
+    if config.sensitivity == "fisher":
+        return hestia.fisher_traces(lambda batch: model(batch[0]), params, batches, **settings)
+    loss_fn = lambda batch: model(*batch)
+    return hestia.hessian_traces(loss_fn, params, batches, config.sensitivity, config.rank, **settings)
+
+
+def describe_sensitivities(found):
+    """One line: the extremes, and which values mean nothing."""
+    value = {name: getattr(h, "value", h) for name, h in found.items()}
+    error = {name: f" ± {h.stderr:.1g}" if isinstance(h, hestia.TraceEstimate) else "" for name, h in found.items()}
+    low, high = min(value, key=value.get), max(value, key=value.get)
+    lost = [name for name, h in found.items() if getattr(h, "flagged", False)]
+    print(f"  from {value[low]:.3g}{error[low]} ({low}) to {value[high]:.3g}{error[high]} ({high})"
+          + (f"; within two standard errors of zero: {', '.join(lost)}" if lost else ""), flush=True)  # fmt: skip
 
 
 def restore(model, weights):
@@ -427,10 +496,16 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
     rows = {"before": {"seconds": time.perf_counter() - clock, **losses(model)}}
     weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
 
-    traces, scores, clock = {}, None, time.perf_counter()
+    found, scores, clock = {}, None, time.perf_counter()
     if any(hestia.QUANTIZERS[m].soft and "alpha" not in hestia.QUANTIZERS[m].settings for m in config.methods):
-        begin(2, f"sensitivities: Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor")
-        traces, scores = sensitivities(config, model, train_text, seed)
+        what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
+                "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
+                "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
+                "gradnorm": "norms of the gradient", "error": "relative errors of rounding to ternary"}  # fmt: skip
+        begin(2, f"sensitivities: {what[config.sensitivity]}")
+        found = sensitivities(config, model, train_text, seed, folder)
+        describe_sensitivities(found)
+        scores = hestia.sensitivity_scores(found, config.kappa)
     seconds = time.perf_counter() - clock
 
     group_size = config.group_size or None
@@ -460,7 +535,8 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
         again = hestia.evaluate(load_checkpoint(path).to(config.device), samples["val"], config.block_size)
         if again != rows[method]["val"]:
             raise RuntimeError(f"{path} reads back to a loss of {again}, not {rows[method]['val']}; the file is wrong")
-    sens = {name: {**h._asdict(), "score": scores[name]} for name, h in traces.items()}
+    sens = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
+            for name, h in found.items()}  # fmt: skip
     return rows, {"seconds": seconds, "tensors": sens}
 
 
