@@ -1096,7 +1096,7 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     optimizer = torch.optim.AdamW(param_groups(trained, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
     norm = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     codes, log = qat.codes() if qat else {}, []
-    began = last = time.perf_counter()
+    began = last = warm = time.perf_counter()
     last_t = -1
     for t in range(steps):
         for group in optimizer.param_groups:
@@ -1136,8 +1136,10 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
                     taus = [qat.step_of(t, k).tau for k in now]
                     record |= {"p": qat.step_of(t, next(iter(now))).p, "tau_min": min(taus), "tau_max": max(taus)}
             clock = time.perf_counter()
+            warm = clock if t == 0 else warm  # the first step may have compiled for a minute: no measure of the others
             record["tokens_per_s"] = (t - last_t) * batch_size * block_size / (clock - last)
-            record["seconds"], record["seconds_left"] = clock - began, (clock - began) / (t + 1) * (steps - t - 1)
+            record["seconds"] = clock - began
+            record["seconds_left"] = (clock - (warm if t else began)) / max(t, 1) * (steps - t - 1)
             if evaluating:
                 with qat.hard() if qat else contextlib.nullcontext():
                     record["val_loss_hard"] = evaluate(model, val, block_size)

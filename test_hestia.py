@@ -1,7 +1,7 @@
 """The checks of hestia.py and train_tiny.py, each against something independent: numbers worked by hand, plain autograd
 in float64, dense matrices, Algorithm 1 written out naively, transformers' Llama.
 
-    python -m pytest                    # all of it, and the worked examples in the docstrings; about a minute
+    python -m pytest                    # all of it, and the worked examples in the docstrings; 1 to 2 minutes
     python -m pytest -k lemma           # one topic
 
 Tests that need transformers are skipped without it (pip install ".[test]" brings it).

@@ -335,7 +335,7 @@ class Reporter:
 
     def __init__(self, folder, config):
         self.file = open(folder / "log.jsonl", "w")  # noqa: SIM115, closed at the end of the run
-        self.steps_left = config.seeds * (config.pretrain_steps + len(config.methods) * config.steps)
+        self.steps = config.seeds * (config.pretrain_steps + len(config.methods) * config.steps)
         self.began, self.announced = time.perf_counter(), False
 
     def line(self, r, seed, method, total):
@@ -349,9 +349,10 @@ class Reporter:
         if "val_loss_hard" in r:
             text += f"  val {r['val_loss_hard']:.4f}"
         print(f"{text}  {r['tokens_per_s'] / 1e3:.1f} k tok/s  {r['seconds_left']:.0f} s left", flush=True)
-        if not self.announced and r["step"] > 10:
+        if not self.announced and total / 10 < r["step"] < total - 1:
             self.announced = True
-            print(f"  (all runs together: about {r['seconds'] / (r['step'] + 1) * self.steps_left / 60:.0f} min)")
+            minutes = r["seconds_left"] / (total - r["step"] - 1) * self.steps / 60
+            print(f"  (all runs together: about {minutes:.0f} min)")
 
 
 def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, val=None):
@@ -626,6 +627,7 @@ def write_something(config, model, seed):
 def run(config):
     """The whole experiment. Returns the run's folder."""
     check(config)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
     train_text, val_text, facts = load_text(config)
     folder = run_folder(config)
     began = time.perf_counter()
