@@ -38,12 +38,19 @@ Contents: 3.1 quantization | 3.2 softmax kernel | 3.3 sensitivity and schedules 
 """
 
 import contextlib
+import dataclasses
+import importlib
 import itertools
+import json
 import math
+import os
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -318,7 +325,7 @@ def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
 
 
 class TraceEstimate(NamedTuple):
-    """A trace, its standard error, whether it lies within two of them of zero, and the products it took."""
+    """A trace, its standard error, whether it lies within two of them of zero, and the products per batch it took."""
 
     value: float
     stderr: float
@@ -363,7 +370,10 @@ def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device
 
 def _gradients(loss_fn, batch, weights):
     """The gradients of one batch's mean loss with the graph behind them, so that they can be differentiated again."""
-    return torch.autograd.grad(loss_fn(batch), weights, create_graph=True, materialize_grads=True)
+    loss = loss_fn(batch)
+    if not loss.requires_grad:
+        raise ValueError("loss_fn returned a number without a graph; expected a loss computed from the tensors")
+    return torch.autograd.grad(loss, weights, create_graph=True, materialize_grads=True)
 
 
 def _hessian_product(grads, weights, vectors):
@@ -378,7 +388,7 @@ def _hessian_product(grads, weights, vectors):
 def _estimate(value, readings, products):
     """value: the mean of independent readings, plus what is known without error. Their spread gives the error."""
     stderr = float(readings.std() / len(readings) ** 0.5) if len(readings) > 1 else math.inf
-    return TraceEstimate(float(value), stderr, abs(float(value)) < 2 * stderr, products)
+    return TraceEstimate(float(value), stderr, not abs(float(value)) > 2 * stderr, products)
 
 
 def _joint_traces(loss_fn, params, batches, probes, generator, step):
@@ -388,16 +398,17 @@ def _joint_traces(loss_fn, params, batches, probes, generator, step):
     Signs of different tensors are independent, so terms j != i average to zero: E t_i = Tr H_ii for any fixed alpha.
     What they add is noise, (alpha_j / alpha_i)^2 ||H_ij||^2 each: with all alpha equal, the tensors of large curvature
     drown the others. Relative to the squared traces, the terms (i, j) and (j, i) together are least when alpha_j^2 is
-    proportional to 1 / Tr H_jj, whatever H_ij is. Those traces are what we are after, but squared gradient norms grow
-    like them, and the gradient is at hand: alpha_j = 1 / ||g_j||, fixed before the signs are drawn, costs nothing
-    and makes the error several times smaller (notebooks/curvature.py).
+    proportional to 1 / Tr H_jj, whatever H_ij is. Those traces are what we are after; but near them lie Fisher's, which
+    are mean squared gradient norms, and the gradient is at hand. So alpha_j = 1 / ||g_j||, fixed before the signs are
+    drawn: it costs nothing and makes the error several times smaller (notebooks/curvature.py).
     """
     weights = list(params.values())
     readings = torch.zeros(len(weights), probes, dtype=torch.float64)
     for batch in batches:  # each with signs of its own: the mean over batches then averages their noise as well
         grads = _gradients(loss_fn, batch, weights)
         norms = torch.stack([g.detach().norm() for g in grads])
-        alpha = 1 / norms.clamp_min(1e-3 * norms.max().clamp_min(1e-30))  # (tensors,); finite where g_j is zero
+        share = norms / norms.max() if norms.any() else torch.ones_like(norms)  # only the ratios of the alphas matter
+        alpha = 1 / share.clamp_min(1e-3)  # (tensors,); finite where g_j is zero
         for k in range(probes):
             v = [_signs(w.shape, w, generator).mul_(a) for w, a in zip(weights, alpha)]
             Hv = _hessian_product(grads, weights, v)
@@ -416,8 +427,9 @@ def hessian_traces(
     loss_fn(batch) -> scalar, the mean loss in nats; params: {name: tensor that requires grad}; batches: what loss_fn
     takes, the mean over them is differentiated, one graph at a time. estimator: "hutchpp", the paper's, tensor by
     tensor with 2 rank + samples products each; or "joint", which reads every tensor from each product, 2 rank + samples
-    in all. progress(done, total): called after each product of each batch. Returns {name: TraceEstimate}, in nats per
-    squared weight. The same generator seed gives the same estimates; gradients stay as they were.
+    in all (of each batch, with signs of its own). progress(done, total): called after each product of each batch.
+    Returns {name: TraceEstimate}, in nats per squared weight. The same generator seed gives the same estimates;
+    gradients stay as they were.
 
     >>> w = torch.tensor([1.0, 2.0], requires_grad=True)
     >>> loss = lambda batch: w[0] ** 3 + w[1] ** 2                            # its Hessian is diag(6, 2)
@@ -429,8 +441,8 @@ def hessian_traces(
     if estimator not in ("hutchpp", "joint"):
         raise ValueError(f"unknown trace estimator {estimator!r}; expected 'hutchpp' or 'joint'")
     batches, probes = list(batches), 2 * rank + samples
-    generator, step = _calibration(params, batches, rank, samples, generator, progress,
-                                   probes * (len(params) if estimator == "hutchpp" else 1))  # fmt: skip
+    passes = sum(2 * min(rank, w.numel()) + samples for w in params.values()) if estimator == "hutchpp" else probes
+    generator, step = _calibration(params, batches, rank, samples, generator, progress, passes)
 
     def products(w, V):  # (d, k) -> (d, k): the mean over the batches of H_i V
         HV = torch.zeros(V.shape, dtype=torch.float64, device=V.device)
@@ -443,7 +455,7 @@ def hessian_traces(
             del grads, Hv  # and with them this batch's graph, before the next one is built
         return HV.to(V.dtype)
 
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention that PyTorch can differentiate twice
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # the only attention that PyTorch can differentiate twice
         if estimator == "joint":
             return _joint_traces(loss_fn, params, batches, probes, generator, step)
         return {name: _hutchpp(lambda V, w=w: products(w, V), w.numel(), rank, samples, generator, w.dtype, w.device)
@@ -482,15 +494,16 @@ def _calibration(params, batches, rank, samples, generator, progress, passes):
     """Refuse what cannot work; return a generator where the tensors live, and what to call after each product."""
     if rank < 0 or samples < 1:
         raise ValueError(f"rank = {rank} and samples = {samples}; expected rank >= 0 and samples >= 1")
-    if not batches:
-        raise ValueError("no calibration batches; a trace needs at least one")
+    if not batches or not params:
+        raise ValueError(f"{len(batches)} calibration batches and {len(params)} tensors; a trace needs one of each")
     for name, w in params.items():
         if not w.requires_grad or w.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name} is {w.dtype} with requires_grad = {w.requires_grad}; a trace needs a tensor in "
                              "float32 or float64 that requires grad")  # fmt: skip
-    device = next((w.device for w in params.values()), None)
+    device = next(iter(params.values())).device
     if generator is not None and generator.device != device:  # draw billions of signs where they are needed
-        generator = torch.Generator(device).manual_seed(int(torch.randint(2**62, (), generator=generator)))
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        generator = torch.Generator(device).manual_seed(int(seed))
     done = itertools.count(1)
     return generator, lambda: progress and progress(next(done), passes * len(batches))
 
@@ -499,8 +512,9 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
     """Eq. (13): s_i = Sigmoid(kappa * (log h_i - mu_h) / (sigma_h + eps)), in (0, 1); 1/2 for an average tensor.
 
     traces: {name: float or TraceEstimate}. mu_h and sigma_h (population) run over these tensors. A logarithm needs a
-    positive trace, and a Hessian may have others: those below half the smallest trustworthy one (positive and not
-    flagged) are raised to that half, with a warning that names them. None positive is a ValueError.
+    positive trace, and a Hessian may have others: all below half the smallest trustworthy one (positive and not
+    flagged) are raised to that half, with a warning that names them; a flagged one above it stays as it is. None
+    positive is a ValueError.
 
     >>> {k: round(s, 4) for k, s in sensitivity_scores({"q": 10.0, "v": 1000.0, "down": 100000.0}).items()}
     {'q': 0.2271, 'v': 0.5, 'down': 0.7729}
@@ -514,6 +528,9 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
         raise ValueError("no Hessian trace is positive, so no score exists; calibrate a trained model on more tokens, "
                          "or use fisher, whose traces are never negative")  # fmt: skip
     trusted = [h for name, h in positive.items() if not getattr(traces[name], "flagged", False)]
+    if not trusted:
+        warnings.warn("no Hessian trace is two standard errors above zero: the scores mean little; take more samples "
+                      "or calibration tokens", stacklevel=2)  # fmt: skip
     floor = 0.5 * min(trusted or positive.values())
     low = [name for name, h in value.items() if h < floor]
     if low:
@@ -873,17 +890,34 @@ class LlamaConfig:
     mlp_bias: bool = False
 
     def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if f.type is int and not (whole and 0 < value < 1 << 31):
+                raise ValueError(f"{f.name} is {value!r}; expected a positive whole number")
+            if f.type is float and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
+                raise ValueError(f"{f.name} is {value!r}; expected a positive number")
+            if f.type is bool and not isinstance(value, bool):
+                raise ValueError(f"{f.name} is {value!r}; expected true or false")
         if self.num_attention_heads % self.num_key_value_heads:
             heads, shared = self.num_attention_heads, self.num_key_value_heads
             raise ValueError(f"{heads} attention heads cannot share {shared} key-value heads evenly")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim!r}; expected an even number, since RoPE turns pairs")
         if self.rope_scaling:
+            if not isinstance(self.rope_scaling, dict):
+                raise ValueError(f"rope_scaling is {self.rope_scaling!r}; expected names and numbers, or none")
             kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type"))  # "type" in older checkpoints
             if kind == "default":
                 self.rope_scaling = None
             elif kind != "llama3":
                 raise ValueError(f"rope_scaling of type {kind!r} is not supported; expected 'llama3' or none")
+            for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+                value = (self.rope_scaling or {key: 1}).get(key)
+                if not isinstance(value, int | float) or not 0 < value < math.inf:
+                    raise ValueError(f"{key} of rope_scaling is {value!r}; expected a positive number")
 
 
 def rope_frequencies(config):
@@ -921,13 +955,16 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.attention_bias)
         self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_heads, T, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_heads, T, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+        if cache is not None:  # [keys, values] of the positions before x: (B, n_kv_heads, past, head_dim) each
+            k, v = (torch.cat([old, new], 2) for old, new in zip(cache or (k[:, :, :0], v[:, :, :0]), (k, v)))
+            cache[:] = k, v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, enable_gqa=k.shape[1] != q.shape[1])
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, n_heads, T, head_dim) -> (B, T, C)
 
 
@@ -954,17 +991,21 @@ class Block(nn.Module):
         self.self_attn, self.mlp = Attention(c), MLP(c)
         self.input_layernorm, self.post_attention_layernorm = RMSNorm(c), RMSNorm(c)
 
-    def forward(self, x, cos, sin):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x, cos, sin, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """model(ids) -> logits (B, T, V). model(ids, targets) -> mean loss in nats per token; ids and targets (B, T)."""
+    """model(ids) -> logits (B, T, V). model(ids, targets) -> mean loss in nats per token; ids and targets (B, T).
+
+    checkpointing = True keeps one activation per layer and computes the rest again: less memory, a third more time.
+    cache: a list, empty at first, in which keys and values gather; then ids is a whole prompt or its next token.
+    """
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.checkpointing = config, False
         self.model = nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
@@ -979,13 +1020,19 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, ids, targets=None):
+    def forward(self, ids, targets=None, cache=None):
+        if cache == []:
+            cache.extend([] for _ in self.model.layers)
+        past = cache[0][0].shape[2] if cache and cache[0] else 0
         x = self.model.embed_tokens(ids)  # (B, T, C)
-        position = torch.arange(ids.shape[1], dtype=torch.float32, device=ids.device)
+        position = torch.arange(past, past + ids.shape[1], dtype=torch.float32, device=ids.device)
         angle = torch.outer(position, rope_frequencies(self.config).to(ids.device))  # (T, head_dim / 2)
         cos, sin = angle.cos(), angle.sin()
-        for block in self.model.layers:
-            x = block(x, cos, sin)
+        for block, kept in zip(self.model.layers, cache or [None] * len(self.model.layers)):
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin, kept)
         x = self.model.norm(x)
         if targets is None:
             return self.lm_head(x)
@@ -1002,6 +1049,270 @@ class Llama(nn.Module):
             return nats(x, targets) / len(x)
         parts = zip(x.split(rows), targets.split(rows))
         return sum(checkpoint(nats, x_, y_, use_reentrant=False) for x_, y_ in parts) / len(x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints: a Llama out of a Hugging Face or a Meta folder, and into a folder that other software loads
+
+
+def _json(path):
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return found
+
+
+def _extra(name):
+    """An optional package, or an error that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ImportError(f"this needs the package {name.split('.')[0]}: pip install '.[llama]'") from None
+
+
+def _hugging_face_config(raw, path):
+    """LlamaConfig of a config.json, in its older and newer spellings, with the defaults that hold there."""
+    kind, names = raw.get("model_type"), raw.get("architectures") or ["LlamaForCausalLM"]
+    if kind != "llama" or names != ["LlamaForCausalLM"]:
+        raise ValueError(f"{path} describes a {kind!r} model, {names}; expected 'llama', ['LlamaForCausalLM']")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"{path} asks for the activation {raw['hidden_act']!r}; expected 'silu'")
+    method = (raw.get("quantization_config") or {}).get("format")
+    if raw.get("quantization_config") and method != "pack-quantized":
+        raise ValueError(f"{path} describes quantized weights of format {method!r}; expected none or 'pack-quantized'")
+    defaults = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+                "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}  # fmt: skip
+    fields = {f.name: raw.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(LlamaConfig)}
+    if isinstance(rope := raw.get("rope_parameters"), dict):  # the newer spelling of both
+        fields["rope_theta"] = rope.get("rope_theta")
+        fields["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return LlamaConfig(**fields)
+
+
+def _hugging_face_tensors(folder):
+    """{name: (shape, read)} of every tensor in the folder's safetensors files; they are mapped, not read."""
+    safe_open, found, kinds = _extra("safetensors").safe_open, {}, set()
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").exists() or not index.exists():
+        files = ["model.safetensors"]
+    else:
+        files = _json(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
+            raise ValueError(f"{index} has no weight_map from tensors to files beside it")
+        files = sorted(set(files.values()))
+    for file in (folder / name for name in files):
+        if not file.exists():
+            raise ValueError(f"{file} is missing; expected the safetensors file or files of a Llama")
+        try:
+            opened = safe_open(file, "pt")
+            for name in opened.keys():  # noqa: SIM118, it is no dict
+                view = opened.get_slice(name)
+                if name in found:
+                    raise ValueError(f"{name} is there twice")
+                found[name] = tuple(view.get_shape()), lambda opened=opened, name=name: opened.get_tensor(name)
+                if not name.endswith((".weight_packed", ".weight_shape")):
+                    kinds.add(view.get_dtype())
+        except Exception as error:  # whatever a damaged file makes of the reader
+            raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
+    if not kinds <= {"F32", "F16"} and not kinds <= {"F32", "BF16"}:
+        raise ValueError(f"{folder} holds tensors of types {sorted(kinds)}; expected F32, and one of BF16 and F16")
+
+    for name in [n.removesuffix("_packed") for n in found if n.endswith(".weight_packed")]:
+        (_, packed), (_, scale), (_, shape) = (found.pop(f"{name}_{part}", (None, None))
+                                               for part in ("packed", "scale", "shape"))  # fmt: skip
+        if scale is None or shape is None:
+            raise ValueError(f"{folder} packs {name} without its weight_scale or weight_shape")
+        found[name] = tuple(shape().tolist()), lambda p=packed, s=scale, n=shape: unpack_ternary(p(), s(), int(n()[1]))
+    return found
+
+
+def pack_ternary(w, group_size):
+    """Ternary weights (out, in) as compressed-tensors' pack-quantized layout has them: two bits per weight.
+
+    Returns codes, int32 (out, ceil(in / 16)), code t as t + 2 from the lowest bits up; and gamma, (out, groups),
+    such that w = gamma * t. ValueError where a group holds more than {-gamma, 0, +gamma}.
+
+    >>> w = torch.tensor([[0.5, -0.5, 0.0, 0.5, 0.25, 0.0, 0.0, -0.25]])
+    >>> codes, gamma = pack_ternary(w, 4)
+    >>> gamma, bin(int(codes))                                        # read from the right: 11 is +1, 01 is -1, 10 is 0
+    (tensor([[0.5000, 0.2500]]), '0b110101111100111')
+    >>> torch.equal(unpack_ternary(codes, gamma, 8), w)
+    True
+    """
+    out, width = w.shape
+    groups = _groups(w, group_size or width).view(out, -1, group_size or width)  # (out, groups, g)
+    gamma = groups.abs().amax(-1)  # (out, groups)
+    t = groups.sign()
+    if not torch.equal(t * gamma.unsqueeze(-1), groups):
+        raise ValueError("the weights are not ternary in each group; only {-gamma, 0, +gamma} can be packed")
+    t = F.pad(t.view(out, width).long() + 2, (0, -width % 16)).view(out, -1, 16)  # 16 codes to an int32
+    codes = (t << torch.arange(0, 32, 2, device=w.device)).sum(-1)
+    return (codes - (codes >= 1 << 31) * (1 << 32)).int(), gamma
+
+
+def unpack_ternary(codes, gamma, width):
+    """Weights (out, width) from what pack_ternary returned, in gamma's dtype, exactly: W = gamma * t."""
+    t = (codes.unsqueeze(-1) >> torch.arange(0, 32, 2, device=codes.device)) & 3  # (out, width / 16, 16)
+    t = t.flatten(1)[:, :width].reshape(*gamma.shape, -1) - 2  # (out, groups, g)
+    return (t.to(gamma.dtype) * gamma.unsqueeze(-1)).view(len(codes), width)
+
+
+META_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "output": "lm_head",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+}  # fmt: skip
+
+
+def _meta_checkpoint(folder):
+    """(LlamaConfig, {name: (shape, read)}) of Meta's own format: params.json and consolidated.00.pth."""
+    raw, file = _json(folder / "params.json"), folder / "consolidated.00.pth"
+    if (folder / "consolidated.01.pth").exists():
+        raise ValueError(f"{folder} is split for several GPUs; expected one consolidated.00.pth")
+    try:
+        stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        stored = {name: t for name, t in stored.items() if name != "rope.freqs"}
+        width, vocab = stored["layers.0.feed_forward.w1.weight"].shape[0], stored["tok_embeddings.weight"].shape[0]
+    except Exception as error:
+        raise ValueError(f"{file} is not a readable Llama checkpoint: {error!r}") from None
+    head, heads = stored.get("output.weight"), raw.get("n_heads")
+    scaling = {"rope_type": "llama3", "factor": raw.get("rope_scaling_factor") or 32.0, "low_freq_factor": 1.0,
+               "high_freq_factor": raw.get("rope_high_freq_factor") or 4.0,
+               "original_max_position_embeddings": 8192}  # Llama 3.2's, which the file does not carry
+    config = LlamaConfig(
+        vocab, raw.get("dim"), width, raw.get("n_layers"), heads, raw.get("n_kv_heads") or heads,
+        rms_norm_eps=raw.get("norm_eps", 1e-5), rope_theta=raw.get("rope_theta", 10000.0),
+        rope_scaling=scaling if raw.get("use_scaled_rope") else None,
+        tie_word_embeddings=head is None or torch.equal(head, stored["tok_embeddings.weight"]),
+    )  # fmt: skip
+
+    def halves(w):  # Meta turns neighbouring rows of a head, Hugging Face rows half a head apart
+        return w.view(-1, config.head_dim // 2, 2, w.shape[1]).transpose(1, 2).reshape(w.shape)
+
+    found = {}
+    for old, t in stored.items():
+        parts = old.split(".")
+        middle, number = (".".join(parts[2:-1]), parts[1] + ".") if parts[0] == "layers" else ("", "")
+        name = META_NAMES.get(parts[0], parts[0]) + ("." + number + META_NAMES.get(middle, middle) if middle else "")
+        turned = middle in ("attention.wq", "attention.wk") and t.dim() == 2 and len(t) % config.head_dim == 0
+        found[name + "." + parts[-1]] = tuple(t.shape), lambda t=t, turned=turned: halves(t) if turned else t
+    return config, found
+
+
+def load_llama(path, dtype=None, device="cpu"):
+    """Section 5.1: a Llama from a folder, Hugging Face's (config.json, safetensors) or Meta's (params.json, .pth).
+
+    dtype: of the weights; None for the file's, the widest if it has several. Tensors are mapped and copied one by one,
+    so that the memory needed is the model's. All that is missing, unexpected, misshapen or not finite comes in one
+    ValueError; nothing in a checkpoint is executed. Plain and packed folders of `save_llama` are read alike.
+    """
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        raw = _json(folder / "config.json")
+        config, found = _hugging_face_config(raw, folder / "config.json"), _hugging_face_tensors(folder)
+    elif (folder / "params.json").exists():
+        raw, (config, found) = {}, _meta_checkpoint(folder)
+    else:
+        raise ValueError(f"{folder} holds no Llama; expected a folder with config.json or params.json")
+    layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
+    if layers != config.num_hidden_layers:
+        raise ValueError(f"{folder} says {config.num_hidden_layers} layers and has tensors for {layers}")
+    with torch.device("meta"):  # shapes without memory
+        model = Llama(config)
+    expected = dict(model.named_parameters())  # without a tied head
+    head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
+    found = {name: entry for name, entry in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} is unexpected" for name in found if name not in expected]
+    wrong += [f"{name} has shape {found[name][0]} instead of {tuple(p.shape)}" for name, p in expected.items()
+              if name in found and found[name][0] != tuple(p.shape)]  # fmt: skip
+    for name in expected if not wrong else ():
+        tensor = found[name][1]().detach()
+        if tensor.numel() and not all(map(math.isfinite, torch.aminmax(tensor))):
+            wrong.append(f"{name} holds NaN or infinity")
+        module, leaf = name.rsplit(".", 1)
+        tensor = tensor.to(device, dtype or tensor.dtype, copy=True)
+        setattr(model.get_submodule(module), leaf, nn.Parameter(tensor))
+    if config.tie_word_embeddings and not wrong:
+        model.lm_head.weight = model.model.embed_tokens.weight
+        if head and not torch.equal(head[1]().to(model.lm_head.weight), model.lm_head.weight):
+            wrong.append("lm_head.weight differs from the embedding that config.json ties it to")
+    if wrong:
+        raise ValueError(f"{folder} does not fit its configuration: " + "; ".join(wrong))
+    if len({p.dtype for p in model.parameters()}) > 1:
+        model.float()
+    model.origin = folder, raw
+    return model
+
+
+def save_llama(model, path, packed=False, group_size=128):
+    """Write a Hugging Face folder that other software loads, read it back and compare every weight.
+
+    Linear weights are dequantized, in bfloat16 where that is exact, else in float32; the rest keeps its dtype. packed:
+    two bits per ternary weight and a scale per group (None: per row), in compressed-tensors' pack-quantized layout.
+    Tokenizer files come from the folder that the model was loaded from. The new folder appears whole or not at all;
+    one that already holds something is refused (FileExistsError).
+    """
+    path, (source, raw) = Path(path), getattr(model, "origin", (None, {}))
+    save_file, targets = _extra("safetensors.torch").save_file, _is_target(model)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} already exists and is not an empty folder; name another, or remove it")
+    quantized = {name + ".weight" for name, module in model.named_modules() if targets(name, module)}
+    tensors = {}
+    for name, p in model.named_parameters():  # without a tied head
+        w = p.detach().cpu()
+        if name in quantized and packed:
+            try:
+                codes, gamma = pack_ternary(w.float(), group_size)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            shape = torch.tensor(w.shape)
+            tensors |= {name + "_packed": codes, name + "_scale": _exact_bfloat16(gamma), name + "_shape": shape}
+        else:
+            tensors[name] = _exact_bfloat16(w) if name in quantized else w.contiguous()
+
+    kept = {k: v for k, v in raw.items() if k not in ("quantization_config", "rope_parameters", "dtype")}
+    wide = any(t.dtype == torch.float32 for t in tensors.values())
+    config = {"max_position_embeddings": 2048, **kept, **dataclasses.asdict(model.config), "model_type": "llama",
+              "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+              "torch_dtype": "float32" if wide else "bfloat16"}  # fmt: skip
+    if packed:
+        scheme = {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False,
+                  "strategy": "group" if group_size else "channel", "group_size": group_size}  # fmt: skip
+        config["quantization_config"] = {
+            "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+            "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+        }  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
+    try:
+        for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json",
+                        "chat_template*"):  # fmt: skip
+            for file in source.glob(pattern) if source else ():
+                shutil.copy(file, aside)
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
+        again = dict(load_llama(aside).named_parameters())
+        for name, p in model.named_parameters():
+            if not torch.equal(again[name].float(), p.detach().cpu().float()):
+                raise RuntimeError(f"{name} reads back differently from what was written; {path} was not made")
+        aside.chmod(0o755)
+        os.replace(aside, path)
+    except Exception as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, ValueError | RuntimeError):
+            raise
+        raise OSError(f"{path} was not made: {error}") from None
+    return path
+
+
+def _exact_bfloat16(w):
+    narrow = w.bfloat16()
+    return (narrow if torch.equal(narrow.to(w.dtype), w) else w).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1130,7 +1441,7 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         if record is not None:
             if qat:
                 now = qat.codes()
-                changed = sum(int((now[k] != codes[k]).sum()) for k in now)
+                changed = float(sum((now[k] != codes[k]).sum() for k in now))
                 record["flips"], codes = changed / sum(c.numel() for c in now.values()), now
                 if qat.quantizer.soft:
                     taus = [qat.step_of(t, k).tau for k in now]
@@ -1152,10 +1463,16 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
 
 @torch.no_grad()
 def generate(model, ids, new_tokens, block_size, temperature=0.8, top_k=None, generator=None):
-    """Continue ids (B, T) by new_tokens samples from at most block_size tokens of context. temperature 0: greedy."""
-    for _ in range(new_tokens):
+    """Continue ids (B, T) by new_tokens samples from at most block_size tokens of context. temperature 0: greedy.
+
+    A Llama keeps the keys and values of the context, as long as it grows: each step then computes one token only.
+    """
+    cache = [] if isinstance(model, Llama) else None
+    for n in range(new_tokens):
+        growing = cache is not None and ids.shape[1] <= block_size  # a window that slides moves every position
+        given = (ids if n == 0 else ids[:, -1:], None, cache) if growing else (ids[:, -block_size:],)
         with _precision(ids.device):
-            logits = model(ids[:, -block_size:])[:, -1].float()  # (B, V)
+            logits = model(*given)[:, -1].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
