@@ -3,12 +3,14 @@
     python train_tiny.py                             # about four minutes on two CPU cores, nothing is downloaded
     python train_tiny.py --preset gpu                # the same at 1.7 M parameters and three seeds, on a GPU
     python train_tiny.py --data my.txt --methods full absmean hestia --seeds 3
+    python train_tiny.py --llama Llama-3.2-1B --data my.txt      # a trained Llama in, a ternary one out
 
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
 steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
 (one record per line), sensitivities.json, results.json, snapshots.npz, overview.png, and a checkpoint per method and
-seed.
+seed. With --llama the weights come from a folder instead of the first training, the text goes through its tokenizer,
+the settings are the paper's unless said otherwise, and the checkpoints are Hugging Face folders.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import math
 import os
 import platform
 import random
+import re
 import sys
 import sysconfig
 import time
@@ -47,6 +50,8 @@ def option(help, cpu, gpu=None, paper=None):
 class Config:
     preset: str = option("cpu: minutes on two cores; gpu: 1.7 M parameters; paper: Table 5, for much more text", "cpu")
     data: str = option("a UTF-8 text file, read as bytes; default: the Python standard library's source", "")
+    val_data: str = option("held-out text; default: the last 5 % of --data, or files of the default text", "")
+    llama: str = option("a folder with a Llama to start from, Hugging Face's or Meta's; needs --data", "")
     methods: tuple = option(f"what to compare, of: {', '.join(hestia.QUANTIZERS)}; or all",
                             ("full", "absmean", "hestia-no-hessian", "hestia"))  # fmt: skip
     seeds: int = option("how many seeds; each has its own weights and batches, shared by all methods", 1, 3)
@@ -75,6 +80,8 @@ class Config:
     hidden: int = option("width of the model", 128, 192, 256)
     intermediate: int = option("width of the MLP", 384, 512, 768)
     heads: int = option("attention heads; half as many key-value heads", 4, 6, 8)
+    checkpointing: bool = option("keep one activation per layer, compute the rest twice: less memory", False)
+    packed: bool = option("with --llama: also write folders of two bits per weight (compressed-tensors)", False)
     eval_tokens: int = option("tokens of each split on which the table's losses are measured; 0: all", 65536, 524288)
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
@@ -116,8 +123,10 @@ def parse(arguments):
             kind = {"nargs": "+", "metavar": "NAME"}
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **kind)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-    preset = given.get("preset", "cpu")
+    preset = given.get("preset", "paper" if given.get("llama") else "cpu")
     defaults = {f.name: f.metadata["presets"][preset] for f in dataclasses.fields(Config)}
+    if given.get("llama"):  # a trained Llama is given: traces of all tensors at once, and one run
+        defaults |= {"sensitivity": "joint", "seeds": 1}
     return Config(**{**defaults, "preset": preset, **given})
 
 
@@ -129,9 +138,11 @@ def check(config):
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
     for name in ("seeds", "steps", "pretrain_steps", "batch_size", "micro_batches", "block_size", "layers", "hidden",
-                 "intermediate", "heads", "calibration", "samples"):  # fmt: skip
+                 "intermediate", "heads", "calibration"):  # fmt: skip
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
+    if config.samples < 2:
+        raise InputError(f"--samples is {config.samples}; expected at least 2, for a standard error")
     for name in ("lr", "pretrain_lr", "clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
@@ -146,21 +157,28 @@ def check(config):
         raise InputError(f"--alpha is {config.alpha}; expected a number between -50 and 50, such as 0.4")
     if config.batch_size % config.micro_batches:
         raise InputError(f"--batch-size {config.batch_size} does not split into {config.micro_batches} micro-batches")
+    if config.llama and not config.data:
+        raise InputError("--llama needs --data, a text file to train on")
     if config.hidden % (2 * config.heads) or config.heads % 2:
         raise InputError(f"--hidden {config.hidden} does not split into {config.heads} heads; expected an even number "
                          "of heads, and of dimensions for each")  # fmt: skip
-    for width in (config.hidden, config.intermediate):
-        if config.group_size and width % config.group_size:
-            fits = math.gcd(config.hidden, config.intermediate)
-            fits = next(g for g in range(min(fits, config.group_size), 0, -1) if fits % g == 0)
-            raise InputError(f"--group-size {config.group_size} does not divide the model's width {width}; "
-                             f"{fits} would")  # fmt: skip
+    if not config.llama:
+        check_groups(config, config.hidden, config.intermediate)
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
     return config
+
+
+def check_groups(config, *widths):
+    for width in widths:
+        if config.group_size and width % config.group_size:
+            fits = math.gcd(*widths)
+            fits = next(g for g in range(min(fits, config.group_size), 0, -1) if fits % g == 0)
+            raise InputError(f"--group-size {config.group_size} does not divide the model's width {width}; "
+                             f"{fits} would")  # fmt: skip
 
 
 def model_config(config):
@@ -172,7 +190,7 @@ def model_config(config):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# data: bytes of text
+# data: bytes of text, or tokens of a Llama's own tokenizer
 
 
 def standard_library():
@@ -186,29 +204,88 @@ def standard_library():
     return b"".join(texts[:cut]), b"".join(texts[cut:])
 
 
-def load_text(config):
-    """(train, validation) as uint8 tensors, and what to record about them."""
+def read_text(option, path):
+    """The bytes of a UTF-8 text file."""
+    try:
+        text = Path(path).read_bytes()
+        text.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{option} {path} cannot be read: {error.strerror}; expected a text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{option} {path} is not UTF-8 text (byte {error.start}); convert it first") from None
+    return text
+
+
+def load_text(config, tokenizer=None):
+    """(train, validation) as tensors of tokens, and what to record about them."""
+    held_out = None
     if config.data:
-        path = Path(config.data)
-        try:
-            text = path.read_bytes()
-            text.decode("utf-8")
-        except OSError as error:
-            raise InputError(f"--data {path} cannot be read: {error.strerror}; expected a text file") from None
-        except UnicodeDecodeError as error:
-            raise InputError(f"--data {path} is not UTF-8 text (byte {error.start}); convert it first") from None
-        cut = round(0.95 * len(text))
-        train, val, source = text[:cut], text[cut:], path.name
+        train, source = read_text("--data", config.data), Path(config.data).name
+        if config.val_data:
+            held_out = read_text("--val-data", config.val_data)
+            source += " and " + Path(config.val_data).name
     else:
-        train, val = standard_library()
+        train, held_out = standard_library()
         source = f"standard library of Python {platform.python_version()}"
-    if len(val) <= config.block_size + 1:
-        raise InputError(f"{source} has {len(train) + len(val)} bytes, of which 5 % are for validation; expected more "
-                         f"than {20 * (config.block_size + 2)} for blocks of {config.block_size}")  # fmt: skip
-    facts = {"source": source, "train_bytes": len(train), "val_bytes": len(val),
-             "sha256": hashlib.sha256(train + val).hexdigest()}  # fmt: skip
-    tensors = [torch.frombuffer(bytearray(part), dtype=torch.uint8).to(config.device) for part in (train, val)]
-    return *tensors, facts
+    facts = {"source": source, "sha256": hashlib.sha256(train + (held_out or b"")).hexdigest()}
+    if tokenizer is None:
+        as_tokens = lambda text: torch.from_numpy(np.frombuffer(bytearray(text), dtype=np.uint8))
+    else:
+        as_tokens = lambda text: tokenized(text, tokenizer, config)
+    train = as_tokens(train)
+    if held_out is None:
+        cut = round(0.95 * len(train))
+        train, val = train[:cut], train[cut:]
+    else:
+        val = as_tokens(held_out)
+    unit = "bytes" if tokenizer is None else "tokens"
+    if min(len(train), len(val)) <= config.block_size + 1:
+        raise InputError(f"{source} has {len(train)} {unit} to train on and {len(val)} held out; expected more than "
+                         f"{config.block_size + 1} of each for blocks of {config.block_size}")  # fmt: skip
+    facts |= {"unit": unit, f"train_{unit}": len(train), f"val_{unit}": len(val)}
+    if tokenizer is None:
+        train, val = train.to(config.device), val.to(config.device)
+    return train, val, facts
+
+
+def load_tokenizer(config, model):
+    """The tokenizer beside a Llama's weights."""
+    path = Path(config.llama) / "tokenizer.json"
+    tokenizers = hestia._extra("tokenizers")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises nothing narrower
+        raise InputError(f"{path} is not a readable tokenizer: {error}") from None
+    if tokenizer.get_vocab_size() > model.config.vocab_size:
+        raise InputError(f"{path} has {tokenizer.get_vocab_size()} tokens and the model {model.config.vocab_size}; "
+                         "expected the tokenizer that the model was trained with")  # fmt: skip
+    return tokenizer
+
+
+def tokenized(text, tokenizer, config):
+    """Token ids of a text, int32, from a memory-mapped file that is written once per text and tokenizer.
+
+    Long texts are cut before tokenizing: at the end of a line that is not followed by white space, every 256 kB or so.
+    """
+    key = hashlib.sha256(tokenizer.to_str().encode() + b"\0" + text).hexdigest()[:24]
+    path = (Path(config.out).parent if config.out else Path("out")) / "tokens" / f"{key}.npy"
+    if not path.exists():
+        ends = [m.start() + 1 for m in re.finditer(rb"\n(?=\S)", text)]
+        cuts = [0]
+        for end in ends:
+            cuts += [end] if end - cuts[-1] >= 1 << 18 else []
+        pieces = [text[a:b].decode("utf-8") for a, b in zip(cuts, [*cuts[1:], len(text)])]
+        ids, began = [], time.perf_counter()
+        for k in range(0, len(pieces), 8):
+            encoded = tokenizer.encode_batch(pieces[k : k + 8], add_special_tokens=False)
+            ids += [np.array(e.ids, dtype=np.int32) for e in encoded]
+            done = min(len(pieces), k + 8) / len(pieces)
+            left = (time.perf_counter() - began) * (1 - done) / done
+            print(f"\r  tokenizing: {100 * done:.0f} %, {left:.0f} s left ", end="" if done < 1 else "\n", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as aside, open(aside, "wb") as file:
+            np.save(file, np.concatenate(ids) if ids else np.zeros(0, np.int32))
+    return torch.from_numpy(np.load(path, mmap_mode="c"))  # "c": nothing is read before it is used, or written
 
 
 def excerpt(tokens, config):
@@ -299,19 +376,22 @@ class Snapshots:
         if t + 1 == max(1, round(0.9 * qat.total_steps)):
             self.codes_before_end = qat.codes()
         if record is not None and (t % self.log_every == 0 or t + 1 == qat.total_steps):  # weights before it were kept
-            dead = felt = total = 0
+            dead, felt, total = [], [], 0  # counts stay on the device until the end: no wait for each tensor
             for name, old in self.before.items():
                 same = hestia.dead_zone(old, qat.latents[name] - old, qat.group_size, qat.codebook)
                 s = qat.step_of(t, name)
                 J = torch.ones_like(old) if qat.method == "full" else 1.0 - same.float()  # STE: only a change of code
                 if qat.quantizer.soft:
                     J = (1 - s.p) + s.p * hestia.soft_quantize_jacobian(old, s.tau, s.group_size, s.codebook)
-                dead, felt, total = dead + int(same.sum()), felt + int((J >= 0.05).sum()), total + old.numel()
+                dead.append(same.sum())
+                felt.append((J >= 0.05).sum())
+                total += old.numel()
+            dead, felt = float(sum(dead)), float(sum(felt))
             hist = []
             for name in self.watched:
                 w = qat.latents[name]
                 z = (w.reshape(-1, qat.group_size or w.numel()) / hestia.absmean_scale(w, qat.group_size)).flatten()
-                hist.append(np.histogram(z.clamp(-3, 3).cpu().numpy(), BINS)[0] / z.numel())
+                hist.append(torch.histc(z.clamp(-3, 3).float(), len(BINS) - 1, -3, 3).cpu().numpy() / z.numel())
             norms = {key: record[key] for key in ("grad_norm", "grad_norm_latent")}
             self.rows.append({"step": t, "dead": dead / total, "felt": felt / total, "hist": hist, **norms})
         if (t + 1) % self.log_every == 0 or t + 1 == qat.total_steps - 1:
@@ -335,7 +415,8 @@ class Reporter:
 
     def __init__(self, folder, config):
         self.file = open(folder / "log.jsonl", "w")  # noqa: SIM115, closed at the end of the run
-        self.steps = config.seeds * (config.pretrain_steps + len(config.methods) * config.steps)
+        pretraining = 0 if config.llama else config.pretrain_steps
+        self.steps = config.seeds * (pretraining + len(config.methods) * config.steps)
         self.began, self.announced = time.perf_counter(), False
 
     def line(self, r, seed, method, total):
@@ -348,7 +429,8 @@ class Reporter:
             text += f"  flips {100 * r['flips']:.2f} %"
         if "val_loss_hard" in r:
             text += f"  val {r['val_loss_hard']:.4f}"
-        print(f"{text}  {r['tokens_per_s'] / 1e3:.1f} k tok/s  {r['seconds_left']:.0f} s left", flush=True)
+        left = f"  {r['seconds_left']:.0f} s left" if r["step"] else ""  # the first step may have compiled for a minute
+        print(f"{text}  {r['tokens_per_s'] / 1e3:.1f} k tok/s{left}", flush=True)
         if not self.announced and total / 10 < r["step"] < total - 1:
             self.announced = True
             minutes = r["seconds_left"] / (total - r["step"] - 1) * self.steps / 60
@@ -364,14 +446,14 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
     def trained():
         """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
         latents = {name + ".weight": w for name, w in qat.latents.items()} if qat else {}
-        return {name: t.detach().cpu().clone() for name, t in {**plain.state_dict(), **latents}.items()}
+        return {name: t.detach().to("cpu", copy=True) for name, t in {**plain.state_dict(), **latents}.items()}
 
-    good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of the last log line
+    good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of a later log line
 
     def on_step(t, record):
         nonlocal good, newest
         good = newest or good  # this step's loss was finite, and came of the weights kept after an earlier one
-        newest = {"step": t + 1, "model": trained()} if record is not None else None
+        newest = {"step": t + 1, "model": trained()} if record is not None and t % (5 * log_every) == 0 else None
         if record is not None:
             reporter.line(record, seed, name, steps)
         if snapshots:
@@ -399,19 +481,23 @@ def sensitivities(config, model, tokens, seed, folder):
     Returns {name: TraceEstimate, or float} and leaves it in folder/sensitivities.json. If this run, or one in a folder
     beside it, has found it before for the same weights, text and settings, it is taken from there.
     """
-    sequences = max(config.calibration, -(-512 // config.block_size))
-    ids, targets = hestia.batch_at(tokens, 0, sequences, config.block_size, seed=10_000 + seed)
-    size = max(n for n in range(1, 17) if sequences % n == 0)  # equal parts, so that the mean over them is the mean
+    length = min(config.block_size, 512) if config.llama else config.block_size
+    sequences = max(config.calibration, -(-512 // length))
+    ids, targets = (t.to(config.device) for t in hestia.batch_at(tokens, 0, sequences, length, seed=10_000 + seed))
+    # equal parts, so that the mean over them is the mean; one sequence for a large model, whose graph fills the memory
+    size = 1 if config.llama else max(n for n in range(1, 17) if sequences % n == 0)
     batches = list(zip(ids.split(size), targets.split(size)))
     params = hestia.Hestia(model, 1, method="full", group_size=None).weights
 
     settings = {"sensitivity": config.sensitivity, "rank": config.rank, "samples": config.samples, "seed": seed,
-                "group_size": config.group_size, "batch": size, "device": torch.device(config.device).type}  # fmt: skip
+                "group_size": config.group_size if config.sensitivity == "error" else None, "batch": size,
+                "device": torch.device(config.device).type, "model": dataclasses.asdict(model.config)}  # fmt: skip
     digest = hashlib.sha256(json.dumps(settings).encode())
-    for tensor in (*model.state_dict().values(), ids, targets):
+    for name, tensor in {**model.state_dict(), "ids": ids, "targets": targets}.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     key = digest.hexdigest()
-    for other in (folder, *sorted(folder.resolve().parent.iterdir(), reverse=True)):
+    for other in (folder, *sorted(folder.resolve().parent.glob("*"), reverse=True)):
         entry = read_sensitivities(other).get(key)
         if entry and entry["tensors"].keys() == params.keys():
             print(f"  taken from {other.name}/sensitivities.json: the same weights, text and settings", flush=True)
@@ -464,38 +550,46 @@ def measure_sensitivities(config, model, batches, params, seed):
 
 
 def describe_sensitivities(found):
-    """One line: the extremes, and which values mean nothing."""
+    """One line: the extremes, and how many values mean nothing."""
     value = {name: getattr(h, "value", h) for name, h in found.items()}
     error = {name: f" ± {h.stderr:.1g}" if isinstance(h, hestia.TraceEstimate) else "" for name, h in found.items()}
     low, high = min(value, key=value.get), max(value, key=value.get)
     lost = [name for name, h in found.items() if getattr(h, "flagged", False)]
     print(f"  from {value[low]:.3g}{error[low]} ({low}) to {value[high]:.3g}{error[high]} ({high})"
-          + (f"; within two standard errors of zero: {', '.join(lost)}" if lost else ""), flush=True)  # fmt: skip
+          + (f"; {len(lost)} of {len(found)} within two standard errors of zero" if lost else ""), flush=True)
 
 
 def restore(model, weights):
     """Give the model these weights as new float32 parameters, whatever dtype its effective weights had."""
     device = next(model.parameters()).device
     model.load_state_dict({name: t.clone().to(device) for name, t in weights.items()}, assign=True)
-    model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
 
 
-def run_seed(config, seed, model, data, folder, reporter, snapshots):
-    """All runs of one seed. Returns {row: {"train", "val", ...}} and the sensitivities."""
+def run_seed(config, seed, model, start, data, folder, reporter, snapshots):
+    """All runs of one seed. start: the weights to begin with, or None to train some. Returns {row: {"train", "val",
+    ...}} and the sensitivities."""
     train_text, val_text = data
     samples = {"train": excerpt(train_text, config), "val": excerpt(val_text, config)}
     losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
+    if config.llama:
+        samples = {k: text.to(config.device) for k, text in samples.items()}
     torch.manual_seed(seed)
-    restore(model, hestia.Llama(model.config).state_dict())
+    restore(model, start or hestia.Llama(model.config).state_dict())
     fast = torch.compile(model) if config.compile else model
     begin = lambda k, what: print(f"[seed {seed}, {k}/{2 + len(config.methods)}] {what}", flush=True)
 
     size = sum(p.numel() for p in model.parameters())
-    begin(1, f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
     clock = time.perf_counter()
-    train(config, fast, train_text, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
+    if start:
+        begin(1, f"full precision: {size:,} parameters, as they are in {config.llama}")
+    else:
+        begin(1, f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
+        train(config, fast, train_text, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr,
+              name="pretrain")  # fmt: skip
     rows = {"before": {"seconds": time.perf_counter() - clock, **losses(model)}}
-    weights = {name: t.detach().clone() for name, t in model.state_dict().items()}
+    weights = start or {name: t.detach().clone() for name, t in model.state_dict().items()}
 
     found, scores, clock = {}, None, time.perf_counter()
     if any(hestia.QUANTIZERS[m].soft and "alpha" not in hestia.QUANTIZERS[m].settings for m in config.methods):
@@ -531,14 +625,53 @@ def run_seed(config, seed, model, data, folder, reporter, snapshots):
             rows[method] |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat)}
         snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
 
-        path = folder / f"{method}-seed{seed}.pt"
-        save_checkpoint(path, model, quantized=() if method == "full" else qat.weights)
-        again = hestia.evaluate(load_checkpoint(path).to(config.device), samples["val"], config.block_size)
-        if again != rows[method]["val"]:
-            raise RuntimeError(f"{path} reads back to a loss of {again}, not {rows[method]['val']}; the file is wrong")
+        names = [] if method == "full" else list(qat.weights)
+        del qat, watched  # the memory of the method, before the model is read once more
+        for path in export(config, model, folder / f"{method}-seed{seed}", names):
+            again = hestia.evaluate(reload(config, path), samples["val"], config.block_size)
+            if again != rows[method]["val"]:
+                raise RuntimeError(f"{path} reads back to a loss of {again}, not {rows[method]['val']}; it is wrong")
     sens = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
             for name, h in found.items()}  # fmt: skip
     return rows, {"seconds": seconds, "tensors": sens}
+
+
+def export(config, model, path, quantized):
+    """Write the hardened model; yields what was written: a torch file, or the folders that other software loads."""
+    if not config.llama:
+        save_checkpoint(path.with_suffix(".pt"), model, quantized)
+        yield path.with_suffix(".pt")
+    elif quantized:
+        hestia.save_llama(model, path)
+        yield path
+        if config.packed:
+            packed = path.with_name(path.name + "-packed")
+            hestia.save_llama(model, packed, packed=True, group_size=config.group_size or None)
+            yield packed
+
+
+def reload(config, path):
+    if path.is_dir():
+        return hestia.load_llama(path, torch.float32, config.device)
+    return load_checkpoint(path).to(config.device)
+
+
+def expected_memory(config, model):
+    """One line: what a run on this model will need at its peak, from its sizes, before anything large is allocated."""
+    cuda, c = config.device.startswith("cuda"), model.config
+    target = hestia._is_target(model)
+    n = sum(module.weight.numel() for name, module in model.named_modules() if target(name, module))
+    rest = sum(p.numel() for p in model.parameters()) - n
+    narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
+    weights = n * (4 + 8 + 4 + 4 + 4) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last latents
+    tokens = config.batch_size // config.micro_batches * config.block_size
+    layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
+    kept = tokens * narrow * c.hidden_size * c.num_hidden_layers + layer if config.checkpointing else (
+        layer * c.num_hidden_layers)  # fmt: skip
+    logits = 3 * 4 * min(1 << 24, tokens * c.vocab_size)
+    gib = (weights + kept + logits) / 2**30
+    have = torch.cuda.get_device_properties(config.device).total_memory / 2**30 if cuda else None
+    return f"this run will take about {gib:.1f} GiB" + (f" of the GPU's {have:.0f} GiB" if cuda else " of memory")
 
 
 def on_grid(qat):
@@ -588,6 +721,8 @@ def print_table(config, table, file=None):
         return f"{scale * mean:.{digits}f}" + spread
 
     head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "seconds"]
+    if config.llama:
+        head.append("perplexity")
     lines = [head]
     for row in table:
         label = labels.get(row) or hestia.QUANTIZERS[row].label + (", continued" if row == "full" else "")
@@ -596,6 +731,8 @@ def print_table(config, table, file=None):
         changed = cell(row, "changed_last_tenth", 2, 100)
         lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
                       changed if changed == "-" else changed + " %", cell(row, "seconds", 0)])  # fmt: skip
+        if config.llama:
+            lines[-1].append(f"{math.exp(min(99.0, table[row]['val'][0])):.2f}")
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         print(" | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))),
@@ -616,11 +753,13 @@ def print_paired(config, per_seed):
         print(f"{hestia.QUANTIZERS[method].label} minus AbsMean STE, seed by seed: {', '.join(text)}")
 
 
-def write_something(config, model, seed):
-    """A few lines by the ternary model."""
-    start = torch.tensor([list(b"\n")], device=config.device)
-    ids = hestia.generate(model, start, 240, config.block_size, generator=torch.Generator().manual_seed(seed))
-    text = bytes(ids[0].tolist()).decode("utf-8", errors="replace").strip("\n")
+def write_something(config, model, seed, tokenizer=None, prompt=None):
+    """A few lines by the ternary model: after a line break, or after the first tokens of the held-out text."""
+    start = torch.tensor([list(b"\n")]) if prompt is None else prompt[None].long()
+    generator = torch.Generator().manual_seed(seed)
+    ids = hestia.generate(model, start.to(config.device), 240 if tokenizer is None else 60, config.block_size,
+                          generator=generator)[0].tolist()  # fmt: skip
+    text = tokenizer.decode(ids) if tokenizer else bytes(ids).decode("utf-8", errors="replace").strip("\n")
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -628,7 +767,15 @@ def run(config):
     """The whole experiment. Returns the run's folder."""
     check(config)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
-    train_text, val_text, facts = load_text(config)
+    model = tokenizer = start = None
+    if config.llama:
+        model = hestia.load_llama(config.llama, torch.float32, config.device)
+        model.checkpointing, c = config.checkpointing, model.config
+        check_groups(config, c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)
+        tokenizer = load_tokenizer(config, model)
+        start = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
+        print(expected_memory(config, model))
+    train_text, val_text, facts = load_text(config, tokenizer)
     folder = run_folder(config)
     began = time.perf_counter()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
@@ -636,16 +783,17 @@ def run(config):
     about = {"config": dataclasses.asdict(config), "data": facts, "versions": versions,
              "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
     save_json(folder / "config.json", about)
-    print(f"{facts['source']}: {facts['train_bytes']:,} + {facts['val_bytes']:,} bytes, sha256 {facts['sha256'][:12]}")
+    print(f"{facts['source']}: {len(train_text):,} + {len(val_text):,} {facts['unit']}, sha256 {facts['sha256'][:12]}")
     print(f"this run's folder: {folder}/")
-    passes = (config.pretrain_steps + config.steps) * config.batch_size * config.block_size / facts["train_bytes"]
-    print(f"{config.pretrain_steps} + {config.steps} steps read the text {passes:.2f} times"
+    steps = config.steps + (0 if config.llama else config.pretrain_steps)
+    passes = steps * config.batch_size * config.block_size / len(train_text)
+    print(f"{steps} steps read the text {passes:.2f} times"
           + ("; expect overfitting, and bring more text with --data" if passes > 3 else ""))  # fmt: skip
 
-    model = hestia.Llama(model_config(config)).to(config.device)
+    model = model or hestia.Llama(model_config(config)).to(config.device)
     reporter, per_seed, snapshots, sens = Reporter(folder, config), [], {"bins": BINS}, []
     for seed in range(config.seed, config.seed + config.seeds):
-        rows, s = run_seed(config, seed, model, (train_text, val_text), folder, reporter, snapshots)
+        rows, s = run_seed(config, seed, model, start, (train_text, val_text), folder, reporter, snapshots)
         per_seed.append(rows)
         sens.append(s)
     reporter.file.close()
@@ -655,22 +803,27 @@ def run(config):
     save_json(folder / "results.json", {
         **about, "table": table, "per_seed": per_seed, "sensitivities": sens,
         "seconds": time.perf_counter() - began,
+        "gpu_GiB": torch.cuda.max_memory_allocated() / 2**30 if config.device.startswith("cuda") else None,
     })  # fmt: skip
     with whole(folder / "overview.png") as aside:
         plots.overview(folder).savefig(aside, format="png", dpi=150)
 
-    print(f"\nHard weights, nats per byte{', mean ± standard deviation over seeds' if config.seeds > 1 else ''}:\n")
+    spread = ", mean ± standard deviation over seeds" if config.seeds > 1 else ""
+    print(f"\nHard weights, nats per {facts['unit'][:-1]}{spread}:\n")
     print_table(config, table)
     print()
     print_paired(config, per_seed)
     quantized = [m for m in config.methods if m != "full"]
     if quantized:
         last = "hestia" if "hestia" in quantized else quantized[-1]
-        path = folder / f"{last}-seed{config.seed}.pt"
-        text = write_something(config, load_checkpoint(path).to(config.device), config.seed)
+        path = folder / (f"{last}-seed{config.seed}" + ("" if config.llama else ".pt"))
+        prompt = val_text[:16] if config.llama else None
+        text = write_something(config, reload(config, path), config.seed, tokenizer, prompt)
         grid = min(rows[last]["on_grid"] for rows in per_seed)
         print(f"{100 * grid:g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
               f"What {path} writes:\n\n{text}\n")  # fmt: skip
+    if config.device.startswith("cuda"):
+        print(f"At most {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB of GPU memory were in use.")
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
     return folder
 
@@ -683,7 +836,7 @@ def main(arguments=None):
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
     try:
         run(config)
-    except ValueError as error:  # bad input, found by us or by hestia.py
+    except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError, ArithmeticError) as error:
