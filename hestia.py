@@ -44,6 +44,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -647,10 +648,12 @@ class Quantizer(NamedTuple):
     """One row of the paper's tables: how training sees W, what is left after it, and which settings the name fixes."""
 
     label: str
-    relax: Callable  # (W, Step) -> W_eff, differentiable in W
-    harden: Callable = _hard_absmean  # (W, Step) -> the weights that are kept
+    relax: Callable  # (W, Step, **own) -> W_eff or (W_eff, bias), differentiable in W and own
+    harden: Callable | None = None  # likewise, what is kept; None: the last W_eff, rounded to bfloat16
     settings: dict = {}
     soft: bool = False  # whether p and tau act on it
+    init: Callable | None = None  # (W, Step) -> own, {name: tensor}: what is learned beside W, such as scales
+    after_step: Callable | None = None  # (W, Step, lr, t / T, **own): changes W in place after the optimizer's step
 
 
 def _relax_ste(w, s):
@@ -663,11 +666,11 @@ def _relax_hestia(w, s):
 
 QUANTIZERS = {
     "full": Quantizer("full precision", lambda w, s: w, lambda w, s: w),
-    "absmean": Quantizer("AbsMean STE", _relax_ste),
-    "hestia-no-hessian": Quantizer("HESTIA, alpha = 0", _relax_hestia, settings={"alpha": 0.0}, soft=True),
-    "hestia": Quantizer("HESTIA", _relax_hestia, soft=True),
-    "hestia-binary": Quantizer("HESTIA, binary", _relax_hestia, settings={"codebook": BINARY}, soft=True),
-    "hestia-2bit": Quantizer("HESTIA, 2 bit", _relax_hestia, settings={"codebook": TWO_BIT}, soft=True),
+    "absmean": Quantizer("AbsMean STE", _relax_ste, _hard_absmean),
+    "hestia-no-hessian": Quantizer("HESTIA, alpha = 0", _relax_hestia, _hard_absmean, {"alpha": 0.0}, soft=True),
+    "hestia": Quantizer("HESTIA", _relax_hestia, _hard_absmean, soft=True),
+    "hestia-binary": Quantizer("HESTIA, binary", _relax_hestia, _hard_absmean, {"codebook": BINARY}, soft=True),
+    "hestia-2bit": Quantizer("HESTIA, 2 bit", _relax_hestia, _hard_absmean, {"codebook": TWO_BIT}, soft=True),
 }
 
 
@@ -713,9 +716,10 @@ class Hestia:
         if rho == 1 and QUANTIZERS[method].soft:
             warnings.warn("rho = 1 compresses to the last step and leaves none to anneal tau", stacklevel=2)
         self.model, self.method, self.quantizer = model, method, QUANTIZERS[method]
-        self.total_steps, self.group_size, self.rho = total_steps, group_size, rho
-        self.alpha = self.quantizer.settings.get("alpha", alpha)
-        self.codebook = tuple(self.quantizer.settings.get("codebook", codebook))
+        self.total_steps, self.rho = total_steps, rho
+        fixed = self.quantizer.settings  # what the method's name says
+        self.alpha, self.group_size = fixed.get("alpha", alpha), fixed.get("group_size", group_size)
+        self.codebook = tuple(fixed.get("codebook", codebook))
         _check_codebook(self.codebook)
         if not abs(self.alpha) <= 50:
             raise ValueError(f"alpha is {alpha}; expected a number between -50 and 50, 0.4 in the paper")
@@ -736,7 +740,7 @@ class Hestia:
             if not torch.isfinite(weight).all():
                 raise ValueError(f"the weights of {name} hold NaN or infinity; quantization needs finite weights")
             try:
-                _groups(weight, group_size)
+                _groups(weight, self._group_size(weight))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in self.owners]
@@ -749,15 +753,27 @@ class Hestia:
         if not all(0 <= self.scores[name] <= 1 for name in self.weights):
             raise ValueError("a sensitivity score is outside 0 .. 1; expected those of sensitivity_scores")
         if tau_init is None:
-            tau_init = optimal_tau_init(self.latents, group_size, self.codebook) if self.quantizer.soft else 0.0
+            tau_init = 0.0
+            if self.quantizer.soft:
+                tau_init = optimal_tau_init(self.latents, self.group_size, self.codebook)
         elif not 0 < tau_init < math.inf:
             raise ValueError(f"tau_init is {tau_init}; expected a positive temperature in units of gamma, such as 0.3")
         self.tau_init = tau_init
+        self.own = {}  # {module's name: what the method learns beside W}
+        for name, w in self.latents.items():
+            own = self.quantizer.init(w, self.step_of(0, name)) if self.quantizer.init else {}
+            self.own[name] = {k: nn.Parameter(x.detach().clone()) for k, x in own.items()}
+        self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self._map = torch.compile(self._relax_all) if compile else self._relax_all
         self.graph = None  # [W_eff with its graph back to W, for each tensor] between relax and pull_back
-        for name, weight in self.weights.items():
+        for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None
+            if self.quantizer.settings.get("bias"):
+                (module,) = self.owners[id(weight)]
+                if module.bias is not None:
+                    raise ValueError(f"{method} gives every layer a bias, and {name} has one")
+                module.bias = self.biases[name] = nn.Parameter(weight.new_zeros(len(weight), dtype=torch.float32))
             if dtype not in (None, weight.dtype):
                 self._replace(name, weight.detach().to(dtype))
 
@@ -772,11 +788,17 @@ class Hestia:
     def step_of(self, t, name):
         """Eqs. (10) and (15): the pressure and the tensor's temperature at step t."""
         tau = temperature(t, self.total_steps, self.rho, self.tau_init, self.scores[name], self.alpha)
-        return Step(pressure(t, self.total_steps, self.rho), tau, self.group_size, self.codebook)
+        group_size = self._group_size(self.latents[name])
+        return Step(pressure(t, self.total_steps, self.rho), tau, group_size, self.codebook)
 
-    def _relax_all(self, latents, dtypes, steps):
-        """W_eff of every tensor, with its graph. A function of tensors alone, so that it compiles once."""
-        return [self.quantizer.relax(w, s).to(dtype) for w, dtype, s in zip(latents, dtypes, steps)]
+    def _group_size(self, w):
+        return w.shape[-1] if self.group_size == "row" else self.group_size
+
+    def _relax_all(self, latents, own, dtypes, steps):
+        """W_eff of each tensor, then the biases, with graphs. A function of tensors alone, so that it compiles once."""
+        out = [self.quantizer.relax(w, s, **o) for w, o, s in zip(latents, own, steps)]
+        weights, biases = [x[0] if self.biases else x for x in out], [x[1] for x in out] if self.biases else []
+        return [w.to(dtype) for w, dtype in zip(weights, dtypes)] + biases
 
     def relax(self, t):
         """Algorithm 1, lines 4-10: show the model W_eff(t). Clears the gradients of the weights it writes."""
@@ -787,51 +809,71 @@ class Hestia:
             values = torch.tensor([[s.p, s.tau] for s in steps]).to(next(iter(weights)).device)  # (tensors, 2)
             steps = [s._replace(p=v[0], tau=v[1]) for s, v in zip(steps, values)]
         with torch.enable_grad():
-            self.graph = self._map(list(latents.values()), [weight.dtype for weight in weights], steps)
-        for weight, w_eff in zip(weights, self.graph):
-            weight.data, weight.grad = w_eff.detach(), None  # it shares the graph's output: no copy
+            dtypes = [weight.dtype for weight in weights]
+            self.graph = self._map(list(latents.values()), list(self.own.values()), dtypes, steps)
+        for shown, effective in zip((*weights, *self.biases.values()), self.graph):
+            shown.data, shown.grad = effective.detach(), None  # it shares the graph's output: no copy
 
     def pull_back(self):
         """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the model's gradients to the latents'. Clears the former."""
         if self.graph is None:
             raise RuntimeError("pull_back() needs the effective weights of this step; call relax(t) before the forward")
-        got = [(w, w_eff, weight) for w, w_eff, weight in zip(self.latents.values(), self.graph, self.weights.values())]
-        got = [row for row in got if row[2].grad is not None]
+        shown = (*self.weights.values(), *self.biases.values())
+        got = [(effective, x) for effective, x in zip(self.graph, shown) if x.grad is not None]
+        trained = [*self.latents.values(), *(x for own in self.own.values() for x in own.values() if x.requires_grad)]
         self.graph = None
-        for w in self.latents.values():
-            w.grad = None
+        grads = [None] * len(trained)
         if got:
-            w, w_eff, weights = zip(*got)
-            for w_i, grad in zip(w, torch.autograd.grad(w_eff, w, [weight.grad for weight in weights])):
-                w_i.grad = grad
-            for weight in weights:
-                weight.grad = None
+            effective, shown = zip(*got)
+            grads = torch.autograd.grad(effective, trained, [x.grad for x in shown], allow_unused=True)
+        for x, grad in zip(trained, grads):
+            x.grad = grad
+        for _, x in got:
+            x.grad = None
 
+    @torch.no_grad()
+    def after_step(self, t, lr):
+        """What a method does to W itself, after the optimizer's step t; for most, nothing."""
+        if self.quantizer.after_step:
+            for name, w in self.latents.items():
+                self.quantizer.after_step(w, self.step_of(t, name), lr, t / self.total_steps, **self.own[name])
+
+    @torch.no_grad()
     def _hard_weights(self):
-        with torch.no_grad():
-            steps = {name: self.step_of(self.total_steps, name) for name in self.latents}
-            return {name: self.quantizer.harden(w, steps[name]).detach() for name, w in self.latents.items()}
+        """{name: what is left of W} and {name: the bias that comes with it}, at the end of the schedules."""
+        weights, biases = {}, {}
+        keep = self.quantizer.harden or self.quantizer.relax
+        for name, w in self.latents.items():
+            kept = keep(w, self.step_of(self.total_steps, name), **self.own[name])
+            kept, biases[name] = kept if self.biases else (kept, None)
+            weights[name] = kept if self.quantizer.harden else kept.bfloat16().to(w.dtype)
+        return weights, biases
 
-    def _show(self, tensors):
+    def _show(self, tensors, biases):
         for name, weight in self.weights.items():
             weight.data = tensors[name].to(weight.dtype)
+        for name, bias in self.biases.items():
+            bias.data = biases[name]
 
     @contextlib.contextmanager
     def hard(self):
         """Within `with qat.hard():` the model shows Q(W); afterwards it shows what it showed before."""
-        before = {name: weight.data for name, weight in self.weights.items()}
-        self._show(self._hard_weights())
+        before = [{name: x.data for name, x in shown.items()} for shown in (self.weights, self.biases)]
+        self._show(*self._hard_weights())
         try:
             yield self.model
         finally:
-            self._show(before)
+            self._show(*before)
 
     def harden(self):
         """Algorithm 1, line 13: W_hat = Q(W). The model now is ternary, each scale rounded to bfloat16.
 
         A weight that its dtype cannot hold (1.5 gamma in bfloat16) becomes a float32 parameter.
         """
-        for name, w in self._hard_weights().items():
+        weights, biases = self._hard_weights()
+        for name, bias in self.biases.items():
+            bias.data = biases[name]
+        for name, w in weights.items():
             if torch.equal(w.to(self.weights[name].dtype).to(w.dtype), w):
                 self.weights[name].data = w.to(self.weights[name].dtype, copy=True)
             else:
@@ -840,22 +882,34 @@ class Hestia:
 
     @torch.no_grad()
     def codes(self):
-        """{name: the code nearest to each latent weight}, in bfloat16, which holds every codebook exactly."""
-        nearest = lambda w: _nearest(_normalize(w, self.group_size, None)[0], self.codebook)
-        return {name: nearest(w).bfloat16().view_as(w) for name, w in self.latents.items()}
+        """{name: the code of each weight}, in bfloat16, which holds every codebook exactly.
+
+        For methods with a grid other than the AbsMean one: the place in it, in halves of the group's largest weight.
+        """
+        if self.quantizer.harden is _hard_absmean or self.method == "full":
+            code = lambda w: _nearest(_normalize(w, self._group_size(w), None)[0], self.codebook)
+            return {name: code(w).bfloat16().view_as(w) for name, w in self.latents.items()}
+        rows = {name: _groups(w, self._group_size(w)) for name, w in self._hard_weights()[0].items()}
+        halves = lambda z: (2 * z / z.abs().amax(1, keepdim=True).clamp_min(1e-30)).round().bfloat16()
+        return {name: halves(z).view_as(self.latents[name]) for name, z in rows.items()}
+
+    def _learned(self):
+        return [x for own in self.own.values() for x in own.values() if x.requires_grad]
 
     def parameters(self):
-        """What the optimizer trains: the latents, and whatever of the model is not quantized."""
-        return [*self.latents.values(), *self.rest]
+        """What the optimizer trains: the latents, what the method learns beside them, and all that is not quantized."""
+        return [*self.latents.values(), *self._learned(), *self.rest]
 
     def param_groups(self, weight_decay):
-        """parameters() as groups for AdamW: weight decay on matrices, none on vectors (norms, biases)."""
-        return param_groups(self.parameters(), weight_decay)
+        """parameters() as groups for AdamW: weight decay on matrices, none on vectors and learned scales."""
+        return param_groups([*self.latents.values(), *self.rest], weight_decay, self._learned())
 
     def state_dict(self):
-        """Everything of the method that training changes or that was estimated: latents, tau_init, scores."""
+        """Everything of the method that training changes or that was estimated: latents, tau_init, scores, scales."""
         latents = {name: w.detach() for name, w in self.latents.items()}
-        return {"method": self.method, "tau_init": self.tau_init, "scores": dict(self.scores), "latents": latents}
+        own = {name: {k: x.detach() for k, x in own.items()} for name, own in self.own.items()}
+        return {"method": self.method, "tau_init": self.tau_init, "scores": dict(self.scores), "latents": latents,
+                "own": own}  # fmt: skip
 
     @torch.no_grad()
     def load_state_dict(self, state):
@@ -865,6 +919,219 @@ class Hestia:
         self.tau_init, self.scores, self.graph = state["tau_init"], dict(state["scores"]), None
         for name, w in self.latents.items():
             w.copy_(state["latents"][name])
+            for k, x in self.own[name].items():
+                x.copy_(state["own"][name][k])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The other rows of Tables 1-3, and what section 2 cites, in the same notation: s.group_size weights share a scale, the
+# last W_eff is kept, and `w - w.detach()` is zero with the gradient of w. To add one: a function, and a registry line.
+
+
+def _through(w, z, value, slope=1.0):
+    """value (n_groups, g) as W_eff, with the derivative slope in W: the straight-through estimator where it is 1."""
+    return (value + slope * (z - z.detach())).view_as(w)
+
+
+def _twn_codes(z):
+    """Ternary Weight Networks: drop |w| <= 0.7 mean|w|; the scale is the mean of what is kept. Codes and scale."""
+    a = z.detach().abs()
+    keep = a > 0.7 * a.mean(1, keepdim=True)
+    return keep * z.detach().sign(), (a * keep).sum(1, keepdim=True) / keep.sum(1, keepdim=True).clamp_min(1)
+
+
+def relax_twn(w, s):
+    """TWN (arXiv 1605.04711): AbsMean with another threshold and scale."""
+    z = _groups(w, s.group_size)
+    codes, alpha = _twn_codes(z)
+    return _through(w, z, alpha * codes)
+
+
+def _gentle(scale, z):
+    """A learned scale whose gradient is divided by sqrt(weights that share it), as in LSQ. Adam hardly notices."""
+    factor = z.shape[1] ** -0.5
+    return ((1 - factor) * scale.detach() + factor * scale).clamp_min(1e-5)
+
+
+def relax_lsq(w, s, scale):
+    """LSQ (arXiv 1902.08153): a learned step. d/dscale is round(w / scale) - w / scale inside the grid, +-1 outside."""
+    z = _groups(w, s.group_size)
+    scale = _gentle(scale, z)
+    u = (z / scale).clamp(-1, 1)
+    return (scale * (u + (u.round() - u).detach())).view_as(w)
+
+
+def relax_seq(w, s, scale):
+    """SEQ (ParetoQ, arXiv 2502.02631): levels {0, +-2/3 scale}, a learned scale that starts at max|w|."""
+    z = _groups(w, s.group_size)
+    scale = _gentle(scale, z)
+    u = (z / scale).clamp(-0.99, 0.99)
+    return (scale * (u + ((1.5 * u).round() / 1.5 - u).detach())).view_as(w)
+
+
+def relax_dlt(w, s, scale, shift):
+    """DLT (TernaryLLM, arXiv 2406.07177): learned scale and shift; levels shift + scale {-1, 0, 1}, not ternary."""
+    z = _groups(w, s.group_size)
+    codes, _ = _twn_codes(z)
+    return _through(w, z, scale * codes + shift, torch.where(codes == 0, 1.0, scale.detach()))
+
+
+def relax_tequila(w, s, strength=1e-3):
+    """Tequila (arXiv 2509.23809): AbsMean, and each dead weight adds strength * w to its row's bias, which moves it."""
+    dead = quantize(w.detach(), s.group_size) == 0
+    return quantize_ste(w, s.group_size), strength * (w * dead).sum(1)
+
+
+def relax_int2_absmax(w, s):
+    """The authors' "2-bit symmetric": scale max|w|, codes -2 .. 1, of which only -1, 0, 1 are ever reached."""
+    z = _groups(w, s.group_size)
+    scale = z.detach().abs().amax(1, keepdim=True).clamp_min(1e-5)
+    return _through(w, z, scale * (z.detach() / scale).round().clamp(-2, 1))
+
+
+def widely_linear(R):
+    """Fairy2i (arXiv 2512.02901): a real matrix of even sides as two complex ones of half the sides, without loss:
+    with x = [Re; Im], R x is U x + V conj(x)."""
+    if R.shape[0] % 2 or R.shape[1] % 2:
+        raise ValueError(f"a {tuple(R.shape)} matrix has an odd side; the complex form needs even ones")
+    (a, b), (c, d) = (rows.chunk(2, 1) for rows in R.chunk(2, 0))
+    return torch.complex(a + d, c - b) / 2, torch.complex(a - d, b + c) / 2
+
+
+def from_widely_linear(U, V):
+    """The real matrix again."""
+    upper, lower = (V.real + U.real, V.imag - U.imag), (V.imag + U.imag, U.real - V.real)
+    return torch.cat([torch.cat(upper, 1), torch.cat(lower, 1)])
+
+
+def _phases(C, tau):
+    """One stage: every entry becomes the nearest of {1, i, -1, -i} by angle, times a scale for real and one for
+    imaginary codes; at tau > 0 the mean of the four under a softmax of the squared angles."""
+    re, im = C.real, C.imag
+    real = re.detach().abs() >= im.detach().abs()
+    mean = lambda x, mask: (x.detach().abs() * mask).sum() / mask.sum().clamp_min(1)
+    scale_re, scale_im = mean(re, real), mean(im, ~real)
+    if not tau > 0:
+        return torch.complex(re.detach().sign() * scale_re * real, im.detach().sign() * scale_im * ~real)
+    angle = torch.atan2(im, re).unsqueeze(-1) - torch.tensor([0.0, 0.5, 1.0, -0.5], device=C.device) * math.pi
+    away = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi  # wrapped to [-pi, pi)
+    pi = torch.softmax(-(away**2) / tau, -1)  # (..., 4)
+    return torch.complex((pi[..., 0] - pi[..., 2]) * scale_re, (pi[..., 1] - pi[..., 3]) * scale_im)
+
+
+def _fairy(w, tau, stages=2):
+    parts = []
+    for C in widely_linear(w):
+        total = 0
+        for _ in range(stages):  # each stage quantizes what the ones before it left
+            total = total + _phases(C - total, tau)
+        parts.append(total)
+    return from_widely_linear(*parts)
+
+
+def relax_fairy2i(w, s):
+    """Fairy2i: two residual stages of complex codes per matrix, 2 bits per weight; straight through."""
+    return _fairy(w.detach(), 0.0) + (w - w.detach())
+
+
+def relax_fairy2i_hestia(w, s):
+    """Section 5.3: the same with HESTIA's softmax over the angles."""
+    return (1 - s.p) * w + s.p * _fairy(w, s.tau)
+
+
+def _within(w, s):
+    """z = w / gamma and |z| clamped to the ternary grid, where the slopes below live; 1 there and 0 outside."""
+    z, gamma = _normalize(w, s.group_size, None)
+    a = z.abs().clamp(max=1)
+    return z, gamma, a, (z.detach().abs() <= 1).to(z.dtype)
+
+
+def relax_dge(w, s, k=5, cap=3.0):
+    """DGE (arXiv 2501.17116): hard forward; slope |2r - 1|^(1/k - 1) / k at r = |z| in [0, 1], at most 3."""
+    z, gamma, a, inside = _within(w, s)
+    slope = ((2 * a.detach() - 1).abs().clamp_min(1e-12) ** (1 / k - 1) / k).clamp(max=cap) * inside
+    return _through(w, gamma * z, gamma * _nearest(z.detach(), TERNARY), slope)
+
+
+def relax_dsq(w, s, alpha=0.2):
+    """DSQ (arXiv 1908.05033): soft forward, a tanh in every interval, rescaled so that the pieces meet."""
+    z, gamma, a, _ = _within(w, s)
+    k = math.log(2 / alpha - 1)
+    return (gamma * z.sign() * (torch.tanh(k * (a - 0.5)) / math.tanh(k / 2) + 1) / 2).view_as(w)
+
+
+def relax_daq(w, s, T=2.0):
+    """DAQ (distance-aware quantization, 2021): soft-argmax at a temperature that makes the forward hard; its slope."""
+    z, gamma, a, inside = _within(w, s)
+    a = a.detach()
+    zero, one = torch.exp(-a), torch.exp(a - 1)
+    zero, one = zero * torch.where(a <= 0.5, 1.0, math.exp(-1)), one * torch.where(a > 0.5, 1.0, math.exp(-1))
+    slope = T / (2 * math.sinh(T)) * (zero + one) / (zero - one).abs() * inside
+    return _through(w, gamma * z, gamma * _nearest(z.detach(), TERNARY), slope)
+
+
+def pull_cage(w, s, lr, progress, strength=10.0, silence=0.8):
+    """CAGE (arXiv 2510.18784): in the last fifth, a growing pull of W towards Q(W), decoupled from the gradient."""
+    ramp = max(0.0, progress - silence) / (1 - silence)
+    w -= lr * strength * ramp * (w - quantize(w, s.group_size, s.codebook))
+
+
+def round_stochastically(w, s, lr, progress, scale):
+    """DQT (arXiv 2412.04787): no latent weights; after each step W is rounded up or down at random, without bias."""
+    z = (_groups(w, s.group_size) / scale).clamp(-1, 1)
+    low = z.floor()
+    w.copy_((scale * (low + (torch.rand_like(z) < z - low))).view_as(w))
+
+
+def _start_on_grid(w, s):
+    scale = absmean_scale(w, s.group_size).bfloat16().to(w.dtype)
+    w.data.copy_(quantize(w.data, s.group_size, scale=scale))
+    return {"scale": scale}
+
+
+def distillation(teacher):
+    """LLM-QAT (arXiv 2305.17888): a loss for `train`, KL(teacher || student) in nats per token, in place of the text's.
+
+    >>> loss = distillation(lambda x: torch.tensor([[2.0, 0.0, -1.0]]))
+    >>> round(float(loss(lambda x: torch.tensor([[1.0, 0.5, 0.0]]), None, None)), 6)
+    0.255111
+    """
+
+    def loss(student, x, y):
+        with torch.no_grad():
+            target = F.log_softmax(_at_least_float32(teacher(x)), -1)
+        got = F.log_softmax(_at_least_float32(student(x)), -1)  # (B, T, V)
+        return (target.exp() * (target - got)).sum(-1).mean()
+
+    return loss
+
+
+_scale = lambda factor: lambda w, s: {"scale": factor(_groups(w.detach().abs(), s.group_size))}
+QUANTIZERS |= {
+    "twn": Quantizer("TWN", relax_twn),
+    "lsq": Quantizer("LSQ", relax_lsq, init=_scale(lambda a: 2 * a.mean(1, keepdim=True))),
+    "seq": Quantizer("SEQ", relax_seq, init=_scale(lambda a: a.amax(1, keepdim=True))),
+    "dlt": Quantizer("DLT", relax_dlt, init=lambda w, s: dict(
+        scale=(alpha := _twn_codes(_groups(w, s.group_size))[1]), shift=torch.zeros_like(alpha))),
+    "tequila": Quantizer("Tequila", relax_tequila, lambda w, s: (_hard_absmean(w, s), relax_tequila(w, s)[1]),
+                         {"bias": True}),
+    "int2": Quantizer("INT2", _relax_ste, _hard_absmean, {"codebook": TWO_BIT}),
+    "int2-absmax": Quantizer("INT2, scale max|w|", relax_int2_absmax),
+    "llm-qat": Quantizer("LLM-QAT", _relax_ste, _hard_absmean,
+                         {"codebook": TWO_BIT, "group_size": "row", "distill": True}),
+    "bitnet": Quantizer("BitNet, from scratch", _relax_ste, _hard_absmean, {"group_size": None, "scratch": True}),
+    "spectra": Quantizer("Spectra, from scratch", _relax_ste, _hard_absmean,
+                         {"group_size": None, "scratch": True, "spectra": True}),
+    "fairy2i": Quantizer("Fairy2i", relax_fairy2i, lambda w, s: _fairy(w, 0.0), {"group_size": None}),
+    "fairy2i-hestia": Quantizer("Fairy2i-HESTIA", relax_fairy2i_hestia, lambda w, s: _fairy(w, 0.0),
+                                {"group_size": None}, soft=True),
+    "dge": Quantizer("DGE", relax_dge, _hard_absmean),
+    "dsq": Quantizer("DSQ", relax_dsq, _hard_absmean),
+    "daq": Quantizer("DAQ", relax_daq, _hard_absmean),
+    "cage": Quantizer("CAGE", _relax_ste, _hard_absmean, after_step=pull_cage),
+    "stochastic": Quantizer("stochastic rounding", lambda w, s, scale: w, init=_start_on_grid,
+                            after_step=round_stochastically),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -904,7 +1171,7 @@ class LlamaConfig:
             raise ValueError(f"{heads} attention heads cannot share {shared} key-value heads evenly")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        if not isinstance(self.head_dim, int) or self.head_dim < 2 or self.head_dim % 2:
+        if not isinstance(self.head_dim, int) or not 2 <= self.head_dim < 1 << 31 or self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim!r}; expected an even number, since RoPE turns pairs")
         if self.rope_scaling:
             if not isinstance(self.rope_scaling, dict):
@@ -915,7 +1182,7 @@ class LlamaConfig:
             elif kind != "llama3":
                 raise ValueError(f"rope_scaling of type {kind!r} is not supported; expected 'llama3' or none")
             for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
-                value = (self.rope_scaling or {key: 1}).get(key)
+                value = self.rope_scaling.get(key) if self.rope_scaling else 1
                 if not isinstance(value, int | float) or not 0 < value < math.inf:
                     raise ValueError(f"{key} of rope_scaling is {value!r}; expected a positive number")
 
@@ -1020,10 +1287,17 @@ class Llama(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
+    def config_now(self):
+        """The configuration, with the biases that a method such as Tequila may have given the layers."""
+        attention, mlp = self.model.layers[0].self_attn.q_proj.bias, self.model.layers[0].mlp.up_proj.bias
+        return dataclasses.replace(self.config, attention_bias=attention is not None, mlp_bias=mlp is not None)
+
     def forward(self, ids, targets=None, cache=None):
         if cache == []:
             cache.extend([] for _ in self.model.layers)
         past = cache[0][0].shape[2] if cache and cache[0] else 0
+        if past and ids.shape[1] > 1:
+            raise ValueError(f"{ids.shape[1]} tokens after a filled cache; expected a whole prompt, then one at a time")
         x = self.model.embed_tokens(ids)  # (B, T, C)
         position = torch.arange(past, past + ids.shape[1], dtype=torch.float32, device=ids.device)
         angle = torch.outer(position, rope_frequencies(self.config).to(ids.device))  # (T, head_dim / 2)
@@ -1058,7 +1332,7 @@ class Llama(nn.Module):
 def _json(path):
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds no JSON object")
@@ -1080,25 +1354,40 @@ def _hugging_face_config(raw, path):
         raise ValueError(f"{path} describes a {kind!r} model, {names}; expected 'llama', ['LlamaForCausalLM']")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{path} asks for the activation {raw['hidden_act']!r}; expected 'silu'")
-    method = (raw.get("quantization_config") or {}).get("format")
-    if raw.get("quantization_config") and method != "pack-quantized":
-        raise ValueError(f"{path} describes quantized weights of format {method!r}; expected none or 'pack-quantized'")
     defaults = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
                 "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False}  # fmt: skip
-    fields = {f.name: raw.get(f.name, defaults.get(f.name)) for f in dataclasses.fields(LlamaConfig)}
+    fields = {f.name: raw.get(f.name) for f in dataclasses.fields(LlamaConfig)}
+    fields = {name: defaults.get(name) if value is None else value for name, value in fields.items()}
     if isinstance(rope := raw.get("rope_parameters"), dict):  # the newer spelling of both
-        fields["rope_theta"] = rope.get("rope_theta")
-        fields["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+        fields["rope_theta"] = rope.get("rope_theta", fields["rope_theta"])
+        fields["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} or None
     return LlamaConfig(**fields)
 
 
-def _hugging_face_tensors(folder):
+def _pack_group(raw, path):
+    """The group size of packed weights, "row" for a scale per row, None if config.json describes no packed weights."""
+    described = raw.get("quantization_config")
+    if not described:
+        return None
+    try:
+        schemes = [group["weights"] for group in described["config_groups"].values()]
+        (size,) = {scheme.get("group_size") or "row" for scheme in schemes}
+        ours = all((w["num_bits"], w["symmetric"], w["type"]) == (2, True, "int") for w in schemes)
+        known = ours and described["format"] == "pack-quantized" and (size == "row" or int(size) > 0)
+    except (TypeError, KeyError, AttributeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{path} describes quantized weights that are not those of save_llama(packed=True): "
+                         "pack-quantized, 2 bits, symmetric")  # fmt: skip
+    return size
+
+
+def _hugging_face_tensors(folder, pack_group=None):
     """{name: (shape, read)} of every tensor in the folder's safetensors files; they are mapped, not read."""
-    safe_open, found, kinds = _extra("safetensors").safe_open, {}, set()
+    safe_open, found, kinds = _extra("safetensors").safe_open, {}, {}
     index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists() or not index.exists():
-        files = ["model.safetensors"]
-    else:
+    files = ["model.safetensors"]
+    if index.exists() and not (folder / files[0]).exists():
         files = _json(index).get("weight_map")
         if not isinstance(files, dict) or not all(isinstance(f, str) and Path(f).name == f for f in files.values()):
             raise ValueError(f"{index} has no weight_map from tensors to files beside it")
@@ -1113,19 +1402,22 @@ def _hugging_face_tensors(folder):
                 if name in found:
                     raise ValueError(f"{name} is there twice")
                 found[name] = tuple(view.get_shape()), lambda opened=opened, name=name: opened.get_tensor(name)
-                if not name.endswith((".weight_packed", ".weight_shape")):
-                    kinds.add(view.get_dtype())
+                kinds[name] = view.get_dtype()
         except Exception as error:  # whatever a damaged file makes of the reader
             raise ValueError(f"{file} is not a readable safetensors file: {error}") from None
-    if not kinds <= {"F32", "F16"} and not kinds <= {"F32", "BF16"}:
-        raise ValueError(f"{folder} holds tensors of types {sorted(kinds)}; expected F32, and one of BF16 and F16")
 
     for name in [n.removesuffix("_packed") for n in found if n.endswith(".weight_packed")]:
-        (_, packed), (_, scale), (_, shape) = (found.pop(f"{name}_{part}", (None, None))
-                                               for part in ("packed", "scale", "shape"))  # fmt: skip
-        if scale is None or shape is None:
-            raise ValueError(f"{folder} packs {name} without its weight_scale or weight_shape")
-        found[name] = tuple(shape().tolist()), lambda p=packed, s=scale, n=shape: unpack_ternary(p(), s(), int(n()[1]))
+        parts = [name + end for end in ("_packed", "_scale", "_shape")]
+        (codes, read_codes), (gamma, read_gamma), (_, read_shape) = (found.pop(part, ((), None)) for part in parts)
+        shape = tuple(read_shape().flatten().tolist()) if read_shape else ()
+        out, width = shape if len(shape) == 2 else (0, 0)
+        groups = 1 if pack_group == "row" else width // (pack_group or 1)
+        if (kinds.pop(parts[0]), kinds.pop(parts[2], None)) != ("I32", "I64") or not pack_group or (
+                codes, gamma) != ((out, -(-width // 16)), (out, groups)):  # fmt: skip
+            raise ValueError(f"{folder} packs {name} with shapes {codes}, {gamma} and {shape} that do not fit together")
+        found[name] = shape, lambda c=read_codes, g=read_gamma, width=width: unpack_ternary(c(), g(), width)
+    if not set(kinds.values()) <= {"F32", "F16"} and not set(kinds.values()) <= {"F32", "BF16"}:
+        raise ValueError(f"{folder} has tensors of types {sorted(set(kinds.values()))}; expected F32, and BF16 or F16")
     return found
 
 
@@ -1144,10 +1436,9 @@ def pack_ternary(w, group_size):
     """
     out, width = w.shape
     groups = _groups(w, group_size or width).view(out, -1, group_size or width)  # (out, groups, g)
-    gamma = groups.abs().amax(-1)  # (out, groups)
-    t = groups.sign()
+    gamma, t = groups.abs().amax(-1), groups.sign()  # (out, groups), (out, groups, g)
     if not torch.equal(t * gamma.unsqueeze(-1), groups):
-        raise ValueError("the weights are not ternary in each group; only {-gamma, 0, +gamma} can be packed")
+        raise ValueError(f"not ternary in groups of {group_size or width}; only {{-gamma, 0, +gamma}} can be packed")
     t = F.pad(t.view(out, width).long() + 2, (0, -width % 16)).view(out, -1, 16)  # 16 codes to an int32
     codes = (t << torch.arange(0, 32, 2, device=w.device)).sum(-1)
     return (codes - (codes >= 1 << 31) * (1 << 32)).int(), gamma
@@ -1161,7 +1452,7 @@ def unpack_ternary(codes, gamma, width):
 
 
 META_NAMES = {
-    "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm", "output": "lm_head",
+    "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "output": "lm_head",
     "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj", "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
@@ -1169,25 +1460,29 @@ META_NAMES = {
 
 
 def _meta_checkpoint(folder):
-    """(LlamaConfig, {name: (shape, read)}) of Meta's own format: params.json and consolidated.00.pth."""
+    """(LlamaConfig, {name: (shape, read)}, entries for config.json) of params.json and consolidated.00.pth."""
     raw, file = _json(folder / "params.json"), folder / "consolidated.00.pth"
     if (folder / "consolidated.01.pth").exists():
         raise ValueError(f"{folder} is split for several GPUs; expected one consolidated.00.pth")
     try:
         stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        stored = {name: t for name, t in stored.items() if name != "rope.freqs"}
-        width, vocab = stored["layers.0.feed_forward.w1.weight"].shape[0], stored["tok_embeddings.weight"].shape[0]
-    except Exception as error:
+        stored.pop("rope.freqs", None)
+        if not all(t.dtype in (torch.float32, torch.float16, torch.bfloat16) for t in stored.values()):
+            raise TypeError("expected float32, float16 or bfloat16 tensors")
+        embedding, head = stored["tok_embeddings.weight"], stored.get("output.weight")
+        width, tied = len(stored["layers.0.feed_forward.w1.weight"]), head is None or torch.equal(head, embedding)
+        names = {old: re.sub("|".join(META_NAMES), lambda m: META_NAMES[m[0]], old) for old in stored}
+    except Exception as error:  # whatever a damaged file makes of the reader
         raise ValueError(f"{file} is not a readable Llama checkpoint: {error!r}") from None
-    head, heads = stored.get("output.weight"), raw.get("n_heads")
+    names = {old: "model." + new if new.startswith("norm.") else new for old, new in names.items()}
+    heads, llama3 = raw.get("n_heads"), bool(raw.get("use_scaled_rope"))
     scaling = {"rope_type": "llama3", "factor": raw.get("rope_scaling_factor") or 32.0, "low_freq_factor": 1.0,
                "high_freq_factor": raw.get("rope_high_freq_factor") or 4.0,
                "original_max_position_embeddings": 8192}  # Llama 3.2's, which the file does not carry
     config = LlamaConfig(
-        vocab, raw.get("dim"), width, raw.get("n_layers"), heads, raw.get("n_kv_heads") or heads,
+        len(embedding), raw.get("dim"), width, raw.get("n_layers"), heads, raw.get("n_kv_heads") or heads,
         rms_norm_eps=raw.get("norm_eps", 1e-5), rope_theta=raw.get("rope_theta", 10000.0),
-        rope_scaling=scaling if raw.get("use_scaled_rope") else None,
-        tie_word_embeddings=head is None or torch.equal(head, stored["tok_embeddings.weight"]),
+        rope_scaling=scaling if llama3 else None, tie_word_embeddings=tied,
     )  # fmt: skip
 
     def halves(w):  # Meta turns neighbouring rows of a head, Hugging Face rows half a head apart
@@ -1195,12 +1490,10 @@ def _meta_checkpoint(folder):
 
     found = {}
     for old, t in stored.items():
-        parts = old.split(".")
-        middle, number = (".".join(parts[2:-1]), parts[1] + ".") if parts[0] == "layers" else ("", "")
-        name = META_NAMES.get(parts[0], parts[0]) + ("." + number + META_NAMES.get(middle, middle) if middle else "")
-        turned = middle in ("attention.wq", "attention.wk") and t.dim() == 2 and len(t) % config.head_dim == 0
-        found[name + "." + parts[-1]] = tuple(t.shape), lambda t=t, turned=turned: halves(t) if turned else t
-    return config, found
+        turned = (".wq." in old or ".wk." in old) and t.dim() == 2 and len(t) % config.head_dim == 0
+        found[names[old]] = tuple(t.shape), lambda t=t, turned=turned: halves(t) if turned else t
+    also = {"max_position_embeddings": 131072, "bos_token_id": 128000, "eos_token_id": 128001}  # Llama 3.2's again
+    return config, found, also if llama3 else {}
 
 
 def load_llama(path, dtype=None, device="cpu"):
@@ -1213,16 +1506,20 @@ def load_llama(path, dtype=None, device="cpu"):
     folder = Path(path)
     if (folder / "config.json").exists():
         raw = _json(folder / "config.json")
-        config, found = _hugging_face_config(raw, folder / "config.json"), _hugging_face_tensors(folder)
+        config = _hugging_face_config(raw, folder / "config.json")
+        found = _hugging_face_tensors(folder, _pack_group(raw, folder / "config.json"))
     elif (folder / "params.json").exists():
-        raw, (config, found) = {}, _meta_checkpoint(folder)
+        config, found, raw = _meta_checkpoint(folder)
     else:
         raise ValueError(f"{folder} holds no Llama; expected a folder with config.json or params.json")
     layers = len({name.split(".")[2] for name in found if name.startswith("model.layers.")})
     if layers != config.num_hidden_layers:
         raise ValueError(f"{folder} says {config.num_hidden_layers} layers and has tensors for {layers}")
-    with torch.device("meta"):  # shapes without memory
-        model = Llama(config)
+    try:
+        with torch.device("meta"):  # shapes without memory
+            model = Llama(config)
+    except RuntimeError as error:
+        raise ValueError(f"{folder} describes an impossible model: {error}") from None
     expected = dict(model.named_parameters())  # without a tied head
     head = found.pop("lm_head.weight", None) if config.tie_word_embeddings else None
     found = {name: entry for name, entry in found.items() if not name.endswith("rotary_emb.inv_freq")}
@@ -1252,7 +1549,7 @@ def load_llama(path, dtype=None, device="cpu"):
 def save_llama(model, path, packed=False, group_size=128):
     """Write a Hugging Face folder that other software loads, read it back and compare every weight.
 
-    Linear weights are dequantized, in bfloat16 where that is exact, else in float32; the rest keeps its dtype. packed:
+    Linear weights are dequantized, in bfloat16 where that is exact; all else is bfloat16 if it was, or float32. packed:
     two bits per ternary weight and a scale per group (None: per row), in compressed-tensors' pack-quantized layout.
     Tokenizer files come from the folder that the model was loaded from. The new folder appears whole or not at all;
     one that already holds something is refused (FileExistsError).
@@ -1270,14 +1567,15 @@ def save_llama(model, path, packed=False, group_size=128):
                 codes, gamma = pack_ternary(w.float(), group_size)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            shape = torch.tensor(w.shape)
-            tensors |= {name + "_packed": codes, name + "_scale": _exact_bfloat16(gamma), name + "_shape": shape}
+            size = torch.tensor(w.shape)
+            tensors |= {name + "_packed": codes, name + "_scale": _narrowest(gamma), name + "_shape": size}
         else:
-            tensors[name] = _exact_bfloat16(w) if name in quantized else w.contiguous()
+            tensors[name] = _narrowest(w) if name in quantized or w.dtype == torch.bfloat16 else w.float().contiguous()
 
     kept = {k: v for k, v in raw.items() if k not in ("quantization_config", "rope_parameters", "dtype")}
     wide = any(t.dtype == torch.float32 for t in tensors.values())
-    config = {"max_position_embeddings": 2048, **kept, **dataclasses.asdict(model.config), "model_type": "llama",
+    shape = model.config_now()
+    config = {"max_position_embeddings": 2048, **kept, **dataclasses.asdict(shape), "model_type": "llama",
               "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
               "torch_dtype": "float32" if wide else "bfloat16"}  # fmt: skip
     if packed:
@@ -1287,32 +1585,36 @@ def save_llama(model, path, packed=False, group_size=128):
             "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
             "ignore": ["lm_head"], "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
         }  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=path.name + ".", suffix=".tmp", dir=path.parent))
     try:
-        for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "generation_config.json",
-                        "chat_template*"):  # fmt: skip
-            for file in source.glob(pattern) if source else ():
-                shutil.copy(file, aside)
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, aside / "model.safetensors", metadata={"format": "pt"})
-        again = dict(load_llama(aside).named_parameters())
-        for name, p in model.named_parameters():
-            if not torch.equal(again[name].float(), p.detach().cpu().float()):
-                raise RuntimeError(f"{name} reads back differently from what was written; {path} was not made")
-        aside.chmod(0o755)
-        os.replace(aside, path)
-    except Exception as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, ValueError | RuntimeError):
-            raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=path.name + ".", suffix=".tmp", dir=path.parent) as aside:
+            made = Path(aside) / path.name
+            made.mkdir()
+            for pattern in ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template*",
+                            "generation_config.json"):  # fmt: skip
+                for file in source.glob(pattern) if source else ():
+                    shutil.copy(file, made)
+            (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+            del tensors
+            again = _json(made / "config.json")
+            same = _hugging_face_config(again, path) == shape
+            written = _hugging_face_tensors(made, _pack_group(again, path))
+            for name, p in model.named_parameters():
+                if not same or not torch.equal(written[name][1]().float(), p.detach().cpu().float()):
+                    raise RuntimeError(f"{name} reads back differently from what was written; {path} was not made")
+            os.replace(made, path)
+    except (RuntimeError, ValueError):
+        raise
+    except Exception as error:  # a full disk has several names
         raise OSError(f"{path} was not made: {error}") from None
     return path
 
 
-def _exact_bfloat16(w):
+def _narrowest(w):
+    """In bfloat16 if that is exact, else in float32."""
     narrow = w.bfloat16()
-    return (narrow if torch.equal(narrow.to(w.dtype), w) else w).contiguous()
+    return (narrow if torch.equal(narrow.to(w.dtype), w) else w.float()).contiguous()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1334,12 +1636,12 @@ def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
     return peak * up * (final + (1 - final) * left)
 
 
-def param_groups(parameters, weight_decay):
-    """AdamW's two groups: matrices with weight decay, vectors without."""
+def param_groups(parameters, weight_decay, scales=()):
+    """AdamW's two groups: matrices with weight decay, vectors and learned scales without."""
     parameters = list(parameters)
     return [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [*(p for p in parameters if p.dim() < 2), *scales], "weight_decay": 0.0},
     ]
 
 
@@ -1387,12 +1689,13 @@ def evaluate(model, tokens, block_size, batch_size=32):
 
 def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, weight_decay=0.1,
           clip=1.0, clip_at="effective", seed=0, log_every=50, val=None, eval_every=0, on_step=None,
-          name="training"):  # fmt: skip
+          loss_fn=None, name="training"):  # fmt: skip
     """Algorithm 1 with everything around it. Returns the log, a list of records (README says how to read one).
 
     model(x, y) -> mean loss, such as a Llama's. tokens: (N,), on the device that should gather batches. qat: a Hestia
     around this model for the same steps, or None for plain training. batch_size: sequences per step, in micro_batches
     equal parts. clip: bound on the gradient norm, taken with dL/dW_eff (clip_at="effective") or with dL/dW ("latent").
+    loss_fn(model, x, y): another loss than model(x, y), such as `distillation(teacher)`.
     val: tokens on which the hard weights are evaluated every eval_every steps. on_step(t, record or None): called after
     each step. name: of the run, for Diverged, which is raised before a step whose loss or gradient is not finite.
     """
@@ -1404,7 +1707,8 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         raise ValueError(f"{steps} steps, but the method's schedules are for {qat.total_steps}; make the two the same")
     device = next(model.parameters()).device
     trained = qat.parameters() if qat else list(model.parameters())
-    optimizer = torch.optim.AdamW(param_groups(trained, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
+    groups = qat.param_groups(weight_decay) if qat else param_groups(trained, weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     norm = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     codes, log = qat.codes() if qat else {}, []
     began = last = warm = time.perf_counter()
@@ -1412,13 +1716,16 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     for t in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(t, steps, lr)
+            if qat and qat.quantizer.settings.get("spectra"):  # Spectra's recipe: a lower peak, then no decay
+                group["lr"] *= 0.69 if 2 * t >= steps else 1.0
+                group["weight_decay"] *= 0.0 if 3 * t >= 2 * steps else 1.0
         if qat:
             qat.relax(t)
         x, y = (part.to(device) for part in batch_at(tokens, t, batch_size, block_size, seed))
         loss = 0.0
         for x_, y_ in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
             with _precision(device):
-                part = model(x_, y_) / micro_batches  # Eq. (11), one sample of it
+                part = (loss_fn(model, x_, y_) if loss_fn else model(x_, y_)) / micro_batches  # Eq. (11), one sample
             part.backward()
             loss = loss + part.detach()
 
@@ -1437,6 +1744,8 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         torch.nn.utils.clip_grads_with_norm_(trained, clip, clipped_norm)  # pull_back is linear: as well after it
         optimizer.step()
         optimizer.zero_grad()
+        if qat:
+            qat.after_step(t, optimizer.param_groups[0]["lr"])
 
         if record is not None:
             if qat:
@@ -1478,7 +1787,8 @@ def generate(model, ids, new_tokens, block_size, temperature=0.8, top_k=None, ge
         else:
             logits = logits / temperature
             if top_k:
-                logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+                least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]  # (B, 1)
+                logits = logits.masked_fill(logits < least, -math.inf)
             probs = torch.softmax(logits, -1).cpu()  # drawn on the CPU: the same text on every device, up to rounding
             new = torch.multinomial(probs, 1, generator=generator).to(ids.device)
         ids = torch.cat([ids, new], 1)

@@ -1067,6 +1067,151 @@ def test_a_compiled_model_sees_the_effective_weights_and_a_changed_dtype():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The other rows of the tables: the worked examples of each method's formula, forward and gradient
+
+GAMMA = 3.5 / 6
+ABSMEAN = [-GAMMA, -GAMMA, -GAMMA, 0, GAMMA, GAMMA]
+ROWS = {  # method: (W_eff, dL/dW, {own: (start, dL/d own)}) at W with dL/dW_eff = G; None: not asked
+    "absmean": (ABSMEAN, G, {}),
+    "twn": ([-0.9, -0.9, 0, 0, 0, 0.9], G, {}),
+    "lsq": ([-2 * GAMMA, -2 * GAMMA, 0, 0, 0, 2 * GAMMA], [0, -2, 3, 0.5, -1, 2], {"scale": (2 * GAMMA, 0.612372)}),
+    "seq": ([-0.8, -0.8, 0, 0, 0, 0.8], [0, -2, 3, 0.5, -1, 2], {"scale": (1.2, 0.221135)}),
+    "dlt": ([-0.85, -0.85, 0.05, 0.05, 0.05, 0.95], [0.9, -1.8, 3, 0.5, -1, 1.8],
+            {"scale": (0.9, 3.0), "shift": (0.05, 3.5)}),
+    "tequila": (ABSMEAN, G, {}),
+    "int2": ([-0.875, -0.875, -0.875 / 3, 0.875 / 3, 0.875 / 3, 0.875], G, {}),
+    "int2-absmax": ([-1.2, 0, 0, 0, 0, 1.2], G, {}),
+    "llm-qat": ([-0.875, -0.875, -0.875 / 3, 0.875 / 3, 0.875 / 3, 0.875], G, {}),
+    "bitnet": (ABSMEAN, G, {}),
+    "dge": (ABSMEAN, [g * f for g, f in zip(G, [0, 0, 3, 0.279835, 0.441702, 0])], {}),
+    "dsq": ([-GAMMA, -GAMMA, -0.303107, 0.066313, 0.432695, GAMMA],
+            [g * f for g, f in zip(G, [0, 0, 1.371913, 0.848591, 1.167783, 0])], {}),
+    "daq": (ABSMEAN, [g * f for g, f in zip(G, [0, 0, 0.582577, 0.405646, 0.463223, 0])], {}),
+    "hestia": ([-0.583315, -0.566624, -0.305056, 0.052186, 0.452133, 0.582776],
+               [0.000207, -0.371013, 5.011491, 0.339050, -1.163293, 0.012728], {}),
+}  # fmt: skip
+
+
+def step(method, tau=0.3, p=1.0):
+    return h.Step(p, tau, None, h.QUANTIZERS[method].settings.get("codebook", h.TERNARY))
+
+
+@pytest.mark.parametrize("method", ROWS)
+def test_each_row_by_its_worked_example(method):
+    value, gradient, own = ROWS[method]
+    w = f64([W]).requires_grad_()
+    learned = {k: torch.full((1, 1), start, dtype=torch.float64, requires_grad=True) for k, (start, _) in own.items()}
+    out = h.QUANTIZERS[method].relax(w, step(method), **learned)
+    out = out[0] if isinstance(out, tuple) else out
+    out.backward(f64([G]))
+    assert torch.allclose(out, f64([value]), atol=1e-5) and torch.allclose(w.grad, f64([gradient]), atol=1e-5)
+    for k, (_, expected) in own.items():
+        assert learned[k].grad.item() == pytest.approx(expected, abs=1e-5), k
+
+
+def test_other_starts_of_lsq_and_seq():
+    for relax, scale, value, gradient, own in (
+        (h.relax_lsq, GAMMA, ABSMEAN, [0, 0, 3, 0.5, -1, 0], 0.466569),
+        (h.relax_lsq, 1.2, [-1.2, 0, 0, 0, 0, 1.2], G, 0.221135),
+        (h.relax_seq, 0.8, [-1.6 / 3] * 3 + [0] + [1.6 / 3] * 2, [0, -2, 3, 0.5, -1, 0], -0.246650),
+    ):
+        w, s = f64([W]).requires_grad_(), f64([[scale]]).requires_grad_()
+        out = relax(w, step("lsq"), s)
+        out.backward(f64([G]))
+        assert torch.allclose(out, f64([value]), atol=1e-5) and torch.allclose(w.grad, f64([gradient]), atol=1e-5)
+        assert s.grad.item() == pytest.approx(own, abs=1e-5)
+
+
+def test_scales_start_where_the_papers_say():
+    w = f64([W])
+    starts = {m: h.QUANTIZERS[m].init(w, step(m)) for m in ("lsq", "seq", "dlt")}
+    assert starts["lsq"]["scale"].item() == pytest.approx(2 * GAMMA) and starts["seq"]["scale"].item() == 1.2
+    assert starts["dlt"]["scale"].item() == pytest.approx(0.9) and starts["dlt"]["shift"].item() == 0
+
+
+def test_tequila_moves_dead_weights_through_the_bias():
+    w, x = f64([W]).requires_grad_(), f64([1.0, 2.0, -1.0, 0.5, 1.0, -2.0])
+    weight, bias = h.relax_tequila(w, step("tequila"), strength=1e-3)  # the dead set is {0.1}
+    y = weight @ x + bias
+    assert y.item() == pytest.approx(-1.75 + 1e-4)
+    y.backward()
+    assert torch.allclose(w.grad, f64([[1, 2, -1, 0.501, 1, -2]]))
+
+
+def test_fairy2i_is_lossless_in_complex_form_and_its_codes_are_units():
+    for seed in range(5):
+        R = randn(8, 14, seed=seed)
+        assert torch.allclose(h.from_widely_linear(*h.widely_linear(R)), R, atol=1e-12)
+        x = randn(14, seed=seed + 9)
+        U, V = h.widely_linear(R)
+        z = torch.complex(x[:7], x[7:])
+        y = U @ z + V @ z.conj()
+        assert torch.allclose(torch.cat([y.real, y.imag]), R @ x, atol=1e-12)
+        C = h._phases(U, 0.0)
+        assert ((C.real == 0) != (C.imag == 0)).all()
+        assert len(C.real.abs().unique()) == len(C.imag.abs().unique()) == 2  # zero, and one scale for each
+    with pytest.raises(ValueError, match="odd side"):
+        h.widely_linear(randn(3, 4))
+    C = torch.complex(f64([-1.2, -0.3, 0.4]), f64([-0.6, 0.1, 0.9]))
+    stages = {0.0: [([-0.75, -0.75, 0], [0, 0, 0.9]), ([-0.75, -0.325, 0.425], [-0.6, 0, 0.9])],
+              0.3: [([-0.725048, -0.744198, 0.015701], [-0.029938, 0.006946, 0.881153]),
+                    ([-0.840537, -0.330925, 0.429698], [-0.441072, 0.008253, 0.881316])]}  # fmt: skip
+    for tau, expected in stages.items():
+        total = torch.zeros_like(C)
+        for real, imag in expected:
+            total = total + h._phases(C - total, tau)
+            assert torch.allclose(total, torch.complex(f64(real), f64(imag)), atol=1e-5), tau
+    A = f64([[-1.2, -0.6], [-0.3, 0.1]])
+    assert torch.allclose(h._fairy(A, 0.0, 1), f64([[-1.2, 0], [0, 0.1]])) and torch.allclose(h._fairy(A, 0.0, 2), A)
+
+
+def test_cage_pulls_and_stochastic_rounding_has_the_right_mean():
+    w = f64([W])
+    h.pull_cage(w, step("cage"), 1e-3, 0.5)
+    assert torch.equal(w, f64([W]))  # silent in the first four fifths
+    h.pull_cage(w, step("cage"), 1e-3, 1.0)
+    pull = [0.006167, 0.000167, -0.002833, -0.001, 0.001833, -0.003167]
+    assert torch.allclose(w - f64([W]), f64([pull]), atol=1e-6)
+    torch.manual_seed(0)
+    proposal, mean = f64([[-0.5333, -0.6833, -0.3833, 0.3, -0.0167, 1.2833]]), 0
+    for _ in range(4000):
+        w = proposal.clone()
+        h.round_stochastically(w, step("stochastic"), 0.0, 0.0, scale=f64([[GAMMA]]))
+        assert all(min(abs(x - c * GAMMA) for c in (-1, 0, 1)) < 1e-9 for x in w[0].tolist())
+        mean = mean + w / 4000
+    expected = f64([[-0.5333, -GAMMA, -0.3833, 0.3, -0.0167, GAMMA]])
+    assert (mean - expected).abs().max() < 4 * 0.5 * GAMMA / 4000**0.5
+
+
+def test_learned_scales_have_no_weight_decay_and_are_kept_with_the_state():
+    model = tiny_llama().float()
+    qat = h.Hestia(model, 4, method="dlt", group_size=4)
+    decayed, free = qat.param_groups(0.1)
+    learned = {id(x) for own in qat.own.values() for x in own.values()}
+    assert learned and learned <= {id(p) for p in free["params"]} and free["weight_decay"] == 0
+    assert {id(p) for p in qat.parameters()} == {id(p) for group in (decayed, free) for p in group["params"]}
+    qat.own["model.layers.0.mlp.up_proj"]["shift"].data += 1
+    again = h.Hestia(tiny_llama().float(), 4, method="dlt", group_size=4)
+    again.load_state_dict(qat.state_dict())
+    assert (again.own["model.layers.0.mlp.up_proj"]["shift"] == 1).all()
+    with pytest.raises(ValueError, match="tequila gives every layer a bias"):
+        h.Hestia(tiny_llama(attention_bias=True).float(), 4, method="tequila", group_size=4)
+
+
+def test_every_method_trains_hardens_and_reads_back(text, tmp_path):
+    out, methods = tmp_path / "run", list(h.QUANTIZERS)
+    arguments = ["--data", text, "--out", str(out), "--methods", "all", *TINY, "--steps", "6"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main(arguments) == 0  # compares the loss before saving with the one after reading back
+    table = json.loads((out / "results.json").read_text())["table"]
+    assert len(methods) >= 20 and all(math.isfinite(table[m]["val"][0]) for m in methods)
+    assert all(table[m]["on_grid"][0] == 1 for m in methods if m != "full" and not m.startswith("fairy2i"))
+    bias = train_tiny.load_checkpoint(out / "tequila-seed0.pt").model.layers[0].mlp.up_proj.bias
+    assert bias.abs().max() > 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # the model and the loop
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -1252,6 +1397,9 @@ def test_generation_with_cached_keys_and_values_is_generation_without():
         whole, cache = model(ids), []
         parts = [model(ids[:, :2], None, cache), *(model(ids[:, t : t + 1], None, cache) for t in range(2, 5))]
     assert torch.allclose(torch.cat(parts, 1), whole, atol=1e-12) and cache[1][0].shape == (3, 1, 5, 4)
+    with pytest.raises(ValueError, match="2 tokens after a filled cache"):
+        model(ids[:, :2], None, cache)
+    assert h.generate(model, ids, 2, 9, top_k=1000).shape == (3, 7)  # more than there are
     for block_size in (30, 8):  # within the window, and beyond it
         slow = ids
         for _ in range(12):
@@ -1366,6 +1514,11 @@ def test_metas_format_loads_to_the_same_model(tied, tmp_path):
     with pytest.raises(ValueError, match="not a readable Llama checkpoint"):
         h.load_llama(tmp_path / "meta")
     assert not (tmp_path / "executed").exists()
+    for what in ({"layers": torch.ones(1)}, {3: torch.ones(1)}, {"tok_embeddings.weight": 5}, [1],
+                 {"tok_embeddings.weight": torch.ones(2, 2).int()}):  # fmt: skip
+        torch.save(what, tmp_path / "meta" / "consolidated.00.pth")
+        with pytest.raises(ValueError, match="not a readable Llama checkpoint"):
+            h.load_llama(tmp_path / "meta")
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="needs the pretrained stories260K beside the repository")
@@ -1423,7 +1576,7 @@ def test_save_llama_refuses_and_leaves_nothing_behind(folder, tmp_path, monkeypa
     with pytest.raises(FileExistsError, match="already exists and is not an empty folder"):
         h.save_llama(model, path)
     wide = random_llama()
-    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight: the weights are not ternary"):
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj.weight: not ternary in groups of 16"):
         h.save_llama(wide, tmp_path / "x", packed=True, group_size=16)
     h.Hestia(wide, 1, method="hestia-2bit", group_size=16).harden()
     assert same_weights(h.load_llama(h.save_llama(wide, tmp_path / "two bit")), wide)  # 1.5 gamma, in float32
@@ -1438,13 +1591,73 @@ def test_save_llama_refuses_and_leaves_nothing_behind(folder, tmp_path, monkeypa
         patched.setattr(safetensors.torch, "save_file", full_disk)
         with pytest.raises(OSError, match=r"x was not made: .*No space left"):
             h.save_llama(model, tmp_path / "x")
-    original = h.load_llama
+    original = safetensors.torch.save_file
+
+    def one_bit_off(tensors, file, **more):
+        w = tensors["model.layers.1.mlp.up_proj.weight"]
+        w.view(torch.uint8)[5, 5] ^= 1
+        original(tensors, file, **more)
+
     with monkeypatch.context() as patched:
-        patched.setattr(h, "load_llama", lambda path: random_llama() if path.name.endswith(".tmp") else original(path))
-        with pytest.raises(RuntimeError, match="reads back differently"):
+        patched.setattr(safetensors.torch, "save_file", one_bit_off)
+        with pytest.raises(RuntimeError, match=r"layers.1.mlp.up_proj.weight reads back differently"):
+            h.save_llama(model, tmp_path / "x")
+    with monkeypatch.context() as patched:
+        patched.setattr(safetensors.torch, "save_file", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
             h.save_llama(model, tmp_path / "x")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["llama", "two bit"]
     assert before == {p.name: p.read_bytes() for p in path.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.bfloat16])
+def test_other_dtypes_are_saved_without_loss(dtype, tmp_path):
+    pytest.importorskip("safetensors")
+    model = random_llama().to(dtype)
+    if dtype == torch.float64:
+        model.float().double()  # what float32 holds
+    assert same_weights(h.load_llama(h.save_llama(model, tmp_path / "a")), model)
+    h.Hestia(model, 1, group_size=16).harden()
+    again = h.load_llama(h.save_llama(model, tmp_path / "b"))
+    assert same_weights(again, model)
+    stored = json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"]
+    assert stored == ("bfloat16" if dtype == torch.bfloat16 else "float32")
+
+
+def test_packed_folders_that_do_not_fit_are_refused(folder, tmp_path):
+    _, model = folder
+    good = h.save_llama(model, tmp_path / "packed", packed=True, group_size=16)
+    from safetensors.torch import load_file, save_file
+
+    name = "model.layers.0.mlp.up_proj.weight"
+
+    def tensors(**changes):
+        return lambda p: save_file({**load_file(p / "model.safetensors"), **changes}, p / "model.safetensors")
+
+    def scheme(**changes):
+        def change(p):
+            raw = json.loads((p / "config.json").read_text())
+            raw["quantization_config"]["config_groups"]["group_0"]["weights"].update(changes)
+            (p / "config.json").write_text(json.dumps(raw))
+
+        return change
+
+    cases = [
+        (scheme(num_bits=4), "not those of save_llama"), (scheme(symmetric=False), "not those of save_llama"),
+        (scheme(group_size=8), "do not fit together"), (scheme(group_size=None), "do not fit together"),
+        (lambda p: edit_config(p, quantization_config=None), "do not fit together"),
+        (tensors(**{name + "_packed": torch.zeros(64, 4).int()}), "do not fit together"),
+        (tensors(**{name + "_packed": torch.zeros(64, 2)}), "do not fit together"),
+        (tensors(**{name + "_scale": torch.ones(64, 1).bfloat16()}), "do not fit together"),
+        (tensors(**{name + "_scale": torch.ones(64).bfloat16()}), "do not fit together"),
+        (tensors(**{name + "_shape": torch.tensor(64)}), "do not fit together"),
+        (tensors(**{name + "_shape": torch.tensor([64, 16])}), "do not fit together"),
+    ]  # fmt: skip
+    for n, (damage, message) in enumerate(cases):
+        path = shutil.copytree(good, tmp_path / str(n))
+        damage(path)
+        with pytest.raises(ValueError, match=message):
+            h.load_llama(path)
 
 
 def edit_config(path, **changes):
@@ -1478,7 +1691,12 @@ def test_broken_checkpoints_get_one_sentence(folder, tmp_path):
         "model.safetensors is missing": lambda p: (p / "model.safetensors").unlink(),
         "describes a 'bert' model, ['Bert']": lambda p: edit_config(p, model_type="bert", architectures=["Bert"]),
         "asks for the activation 'gelu'": lambda p: edit_config(p, hidden_act="gelu"),
-        "quantized weights of format None": lambda p: edit_config(p, quantization_config={"quant_method": "gptq"}),
+        "quantized weights that are not those of save_llama": lambda p: edit_config(p, quantization_config={"bits": 4}),
+        "quantized weights that are not those": lambda p: edit_config(p, quantization_config="gptq"),
+        "cannot be read: maximum recursion": lambda p: (p / "config.json").write_text("[" * 100_000),
+        "head_dim is 4611686018427387904": lambda p: edit_config(p, head_dim=1 << 62),
+        "describes an impossible model": lambda p: edit_config(p, vocab_size=(1 << 31) - 1, hidden_size=(1 << 31) - 1,
+                                                               head_dim=8),
         "rope_scaling of type 'yarn' is not supported": lambda p: edit_config(p, rope_scaling={"rope_type": "yarn"}),
         "factor of rope_scaling is '8'": lambda p: edit_config(p, rope_scaling={"rope_type": "llama3", "factor": "8"}),
         "vocab_size is 'big'; expected a positive whole number": lambda p: edit_config(p, vocab_size="big"),
@@ -1491,7 +1709,7 @@ def test_broken_checkpoints_get_one_sentence(folder, tmp_path):
             (p / "model.safetensors").read_bytes()[:5000]),
         f"{q} is missing; model.surprise is unexpected": header(lambda h: h.update({"model.surprise": h.pop(q)})),
         f"{q} has shape (16, 64) instead of (32, 32)": header(lambda h: h[q].update(shape=[16, 64])),
-        "holds tensors of types ['BF16', 'F16', 'F32']": header(lambda h: h[q].update(dtype="F16")),
+        "has tensors of types ['BF16', 'F16', 'F32']": header(lambda h: h[q].update(dtype="F16")),
         "is not a readable safetensors file: Error while deserializing": header(lambda h: h[q].update(dtype="F7")),
         "is not a readable safetensors file: Error while des": header(lambda h: h[q].update(data_offsets=[0, 1 << 40])),
     }  # fmt: skip
@@ -1518,12 +1736,13 @@ def test_broken_checkpoints_get_one_sentence(folder, tmp_path):
 
 def test_two_hundred_random_corruptions_load_to_the_same_weights_or_fail_with_a_sentence(folder, tmp_path):
     """Of header, offsets, sizes, dtypes, length, index and config. None crashes, hangs, or loads something else."""
-    good, model = folder
+    plain, model = folder
+    packed = h.save_llama(model, tmp_path / "packed", packed=True, group_size=16)
     index = {"weight_map": dict.fromkeys(dict(model.named_parameters()), "one.safetensors")}
     random_ = np.random.default_rng(0)
     fates = {"same": 0, "refused": 0}
     for n in range(200):
-        path = shutil.copytree(good, tmp_path / "broken")
+        path = shutil.copytree(packed if n % 8 >= 6 or n % 8 == 0 else plain, tmp_path / "broken")
         if n % 4 == 1:
             (path / "model.safetensors").rename(path / "one.safetensors")
             (path / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -1659,6 +1878,7 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     (["--device", "abacus"], "--device abacus cannot be used"),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["--samples", "1"], "--samples is 1; expected at least 2, for a standard error"),
+    (["--packed"], "--packed needs --llama"),
     (["--sensitivity", "guess"], "argument --sensitivity: invalid choice: 'guess'"),
     (["--preset", "huge"], "argument --preset: invalid choice"),
     (["--colour"], "unrecognized arguments: --colour"),
@@ -1744,8 +1964,16 @@ def test_a_trained_llama_in_a_ternary_one_out(folder, text, tmp_path, capsys):
                             "--no-compile --device cpu --checkpointing --rank 0 --samples 4")  # fmt: skip
     assert train_tiny.main(arguments) == 2 and "tokenizer.json is not a readable tokenizer" in capsys.readouterr().err
     small_tokenizer(source, 300)
-    assert train_tiny.main(arguments) == 2 and "tokens and the model 160" in capsys.readouterr().err
-    small_tokenizer(source, 150)
+    assert train_tiny.main(arguments) == 2 and "token 299 and the model has 160" in capsys.readouterr().err
+    tokenizer = small_tokenizer(source, 150)
+    tokenizer.enable_truncation(7)
+    tokenizer.enable_padding(length=1000)
+    tokenizer.save(str(source / "tokenizer.json"))  # settings for a chat, not for a text
+    for more, message in (("--methods hestia-2bit", "--packed holds ternary weights, not those of hestia-2bit"),
+                          ("--group-size 48", "--group-size 48 does not divide the model's width"),
+                          ("--val-data nowhere.txt", "--val-data nowhere.txt cannot be read"),
+                          (f"--out {source}", "already exists and is not an empty folder")):  # fmt: skip
+        assert train_tiny.main([*arguments, *more.split()]) == 2 and message in capsys.readouterr().err
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert train_tiny.main(arguments) == 0
@@ -1759,6 +1987,7 @@ def test_a_trained_llama_in_a_ternary_one_out(folder, text, tmp_path, capsys):
         assert (tmp_path / "run" / name / "tokenizer.json").exists()
         w = again.model.layers[0].mlp.up_proj.weight
         assert all(len(g.abs().unique()) <= 2 for g in w.float().reshape(-1, 16))
+    assert results["data"]["train_tokens"] > 2000
     (cache,) = (tmp_path / "tokens").iterdir()
     stamp = cache.stat().st_mtime_ns
     assert train_tiny.main([*arguments, "--out", str(tmp_path / "again"), "--methods", "absmean"]) == 0

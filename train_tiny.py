@@ -14,6 +14,7 @@ the settings are the paper's unless said otherwise, and the checkpoints are Hugg
 """
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import json
@@ -62,6 +63,7 @@ class Config:
     pretrain_lr: float = option("peak learning rate of the full-precision training", 3e-3, 2e-3)
     weight_decay: float = option("AdamW's weight decay, on matrices only", 0.1)
     clip: float = option("largest gradient norm", 1.0)
+    distill: bool = option("learn the full-precision model's distribution, as llm-qat always does", False)
     clip_at: str = option("the gradient that is clipped: effective (dL/dW_eff) or latent (dL/dW)", "effective")
     rho: float = option("share of the steps in which the pressure grows from 0 to 1 (Eq. 10)", 0.2)
     alpha: float = option("how much warmer sensitive tensors stay, tau * exp(alpha s) (Eq. 15)", 0.4)
@@ -125,8 +127,8 @@ def parse(arguments):
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     preset = given.get("preset", "paper" if given.get("llama") else "cpu")
     defaults = {f.name: f.metadata["presets"][preset] for f in dataclasses.fields(Config)}
-    if given.get("llama"):  # a trained Llama is given: traces of all tensors at once, and one run
-        defaults |= {"sensitivity": "joint", "seeds": 1}
+    if given.get("llama"):  # a trained Llama is given: traces of all tensors at once, one run, memory first
+        defaults |= {"sensitivity": "joint", "seeds": 1, "checkpointing": True}
     return Config(**{**defaults, "preset": preset, **given})
 
 
@@ -159,6 +161,12 @@ def check(config):
         raise InputError(f"--batch-size {config.batch_size} does not split into {config.micro_batches} micro-batches")
     if config.llama and not config.data:
         raise InputError("--llama needs --data, a text file to train on")
+    if config.packed and not config.llama:
+        raise InputError("--packed needs --llama: only its folders can be packed")
+    other = [m for m in config.methods if hestia.QUANTIZERS[m].settings.get("codebook", hestia.BINARY) == hestia.TWO_BIT
+             or m in ("dlt", "fairy2i", "fairy2i-hestia")]  # fmt: skip
+    if config.packed and other:
+        raise InputError(f"--packed holds ternary weights, not those of {', '.join(other)}")
     if config.hidden % (2 * config.heads) or config.heads % 2:
         raise InputError(f"--hidden {config.hidden} does not split into {config.heads} heads; expected an even number "
                          "of heads, and of dimensions for each")  # fmt: skip
@@ -248,7 +256,7 @@ def load_text(config, tokenizer=None):
     return train, val, facts
 
 
-def load_tokenizer(config, model):
+def load_tokenizer(config):
     """The tokenizer beside a Llama's weights."""
     path = Path(config.llama) / "tokenizer.json"
     tokenizers = hestia._extra("tokenizers")
@@ -256,10 +264,16 @@ def load_tokenizer(config, model):
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises nothing narrower
         raise InputError(f"{path} is not a readable tokenizer: {error}") from None
-    if tokenizer.get_vocab_size() > model.config.vocab_size:
-        raise InputError(f"{path} has {tokenizer.get_vocab_size()} tokens and the model {model.config.vocab_size}; "
-                         "expected the tokenizer that the model was trained with")  # fmt: skip
+    tokenizer.no_truncation()  # what is set there for a chat would cut a text, or fill it up
+    tokenizer.no_padding()
     return tokenizer
+
+
+def check_tokenizer(tokenizer, model, path):
+    last = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if last >= model.config.vocab_size:
+        raise InputError(f"{path} has a tokenizer with token {last} and the model has {model.config.vocab_size}; "
+                         "expected the tokenizer that the model was trained with")  # fmt: skip
 
 
 def tokenized(text, tokenizer, config):
@@ -270,10 +284,9 @@ def tokenized(text, tokenizer, config):
     key = hashlib.sha256(tokenizer.to_str().encode() + b"\0" + text).hexdigest()[:24]
     path = (Path(config.out).parent if config.out else Path("out")) / "tokens" / f"{key}.npy"
     if not path.exists():
-        ends = [m.start() + 1 for m in re.finditer(rb"\n(?=\S)", text)]
-        cuts = [0]
-        for end in ends:
-            cuts += [end] if end - cuts[-1] >= 1 << 18 else []
+        line, cuts = re.compile(rb"\n(?=\S)"), [0]
+        while found := line.search(text, cuts[-1] + (1 << 18)):
+            cuts.append(found.start() + 1)
         pieces = [text[a:b].decode("utf-8") for a, b in zip(cuts, [*cuts[1:], len(text)])]
         ids, began = [], time.perf_counter()
         for k in range(0, len(pieces), 8):
@@ -318,11 +331,9 @@ def save_json(path, what):
 def save_checkpoint(path, model, quantized=()):
     """The model as a torch file of plain tensors: quantized weights in bfloat16 if that is exact, the rest as it is."""
     tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
-    for name in (name + ".weight" for name in quantized):
-        narrow = tensors[name].bfloat16()
-        tensors[name] = narrow if torch.equal(narrow.to(tensors[name].dtype), tensors[name]) else tensors[name]
+    tensors |= {name + ".weight": hestia._narrowest(tensors[name + ".weight"]) for name in quantized}
     with whole(path) as aside:
-        torch.save({"config": dataclasses.asdict(model.config), "model": tensors}, aside)
+        torch.save({"config": dataclasses.asdict(model.config_now()), "model": tensors}, aside)
 
 
 def load_checkpoint(path):
@@ -333,12 +344,17 @@ def load_checkpoint(path):
     return model
 
 
+def check_out(config):
+    folder = Path(config.out)
+    if config.out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--out {folder} already exists and is not an empty folder; name another, or remove it")
+
+
 def run_folder(config):
     """A new folder for this run; one that already holds something is refused."""
+    check_out(config)
     if config.out:
         folder = Path(config.out)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"--out {folder} already exists and is not an empty folder; name another, or remove it")
     else:
         stem = Path("out") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}-{config.preset}"
         folder = next(f for n in range(1000) if not (f := stem if n == 0 else Path(f"{stem}-{n}")).exists())
@@ -378,8 +394,8 @@ class Snapshots:
         if record is not None and (t % self.log_every == 0 or t + 1 == qat.total_steps):  # weights before it were kept
             dead, felt, total = [], [], 0  # counts stay on the device until the end: no wait for each tensor
             for name, old in self.before.items():
-                same = hestia.dead_zone(old, qat.latents[name] - old, qat.group_size, qat.codebook)
                 s = qat.step_of(t, name)
+                same = hestia.dead_zone(old, qat.latents[name] - old, s.group_size, s.codebook)
                 J = torch.ones_like(old) if qat.method == "full" else 1.0 - same.float()  # STE: only a change of code
                 if qat.quantizer.soft:
                     J = (1 - s.p) + s.p * hestia.soft_quantize_jacobian(old, s.tau, s.group_size, s.codebook)
@@ -390,7 +406,8 @@ class Snapshots:
             hist = []
             for name in self.watched:
                 w = qat.latents[name]
-                z = (w.reshape(-1, qat.group_size or w.numel()) / hestia.absmean_scale(w, qat.group_size)).flatten()
+                size = qat.step_of(t, name).group_size
+                z = (w.reshape(-1, size or w.numel()) / hestia.absmean_scale(w, size)).flatten()
                 hist.append(torch.histc(z.clamp(-3, 3).float(), len(BINS) - 1, -3, 3).cpu().numpy() / z.numel())
             norms = {key: record[key] for key in ("grad_norm", "grad_norm_latent")}
             self.rows.append({"step": t, "dead": dead / total, "felt": felt / total, "hist": hist, **norms})
@@ -437,7 +454,7 @@ class Reporter:
             print(f"  (all runs together: about {minutes:.0f} min)")
 
 
-def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, val=None):
+def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, val=None, loss_fn=None):
     """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
     log_every = max(1, steps // 40)
     snapshots = Snapshots(qat, log_every) if qat else None
@@ -446,7 +463,11 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
     def trained():
         """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
         latents = {name + ".weight": w for name, w in qat.latents.items()} if qat else {}
-        return {name: t.detach().to("cpu", copy=True) for name, t in {**plain.state_dict(), **latents}.items()}
+        copies = {}  # by address, so that a tied head is copied once
+        for t in (tensors := {**plain.state_dict(), **latents}).values():
+            if t.data_ptr() not in copies:
+                copies[t.data_ptr()] = t.detach().to("cpu", copy=True)
+        return {name: copies[t.data_ptr()] for name, t in tensors.items()}
 
     good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of a later log line
 
@@ -465,12 +486,12 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
             seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
-            val=val, eval_every=-(-steps // 5), on_step=on_step,
+            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn,
         )  # fmt: skip
     except hestia.Diverged as error:
         path = Path(reporter.file.name).parent / f"last-good-{name}-seed{seed}.pt"
         with whole(path) as aside:
-            torch.save({"config": dataclasses.asdict(plain.config), **good}, aside)
+            torch.save({"config": dataclasses.asdict(plain.config_now()), **good}, aside)
         raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
     return snapshots
 
@@ -560,8 +581,11 @@ def describe_sensitivities(found):
 
 
 def restore(model, weights):
-    """Give the model these weights as new float32 parameters, whatever dtype its effective weights had."""
+    """Give the model these weights as new float32 parameters, whatever dtype or biases a method gave it."""
     device = next(model.parameters()).device
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and f"{name}.bias" not in weights:
+            module.bias = None
     model.load_state_dict({name: t.clone().to(device) for name, t in weights.items()}, assign=True)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
@@ -608,9 +632,14 @@ def run_seed(config, seed, model, start, data, folder, reporter, snapshots):
         rows["untrained"] = losses(model)
 
     for k, method in enumerate(config.methods):
-        label = hestia.QUANTIZERS[method].label
+        label, fixed = hestia.QUANTIZERS[method].label, hestia.QUANTIZERS[method].settings
         begin(3 + k, f"{label}: {config.steps} steps")
-        restore(model, weights)
+        torch.manual_seed(seed)
+        loss_fn = None
+        if config.distill or "distill" in fixed:
+            restore(model, weights)
+            loss_fn = hestia.distillation(copy.deepcopy(model).requires_grad_(False))
+        restore(model, hestia.Llama(model.config).state_dict() if "scratch" in fixed else weights)
         clock = time.perf_counter()
         qat = hestia.Hestia(
             model, config.steps, method=method, group_size=group_size, rho=config.rho,
@@ -618,7 +647,7 @@ def run_seed(config, seed, model, start, data, folder, reporter, snapshots):
             dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
         )  # fmt: skip
         watched = train(config, fast, train_text, seed, reporter, steps=config.steps, lr=config.lr, name=method,
-                        qat=qat, val=samples["val"][: 16 * config.block_size])  # fmt: skip
+                        qat=qat, val=samples["val"][: 16 * config.block_size], loss_fn=loss_fn)  # fmt: skip
         qat.harden()
         rows[method] = {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init, **losses(model)}
         if method != "full":
@@ -657,7 +686,7 @@ def reload(config, path):
 
 
 def expected_memory(config, model):
-    """One line: what a run on this model will need at its peak, from its sizes, before anything large is allocated."""
+    """One line: what a run on this model will need at its peak, from its sizes, before the device holds anything."""
     cuda, c = config.device.startswith("cuda"), model.config
     target = hestia._is_target(model)
     n = sum(module.weight.numel() for name, module in model.named_modules() if target(name, module))
@@ -670,15 +699,26 @@ def expected_memory(config, model):
         layer * c.num_hidden_layers)  # fmt: skip
     logits = 3 * 4 * min(1 << 24, tokens * c.vocab_size)
     gib = (weights + kept + logits) / 2**30
-    have = torch.cuda.get_device_properties(config.device).total_memory / 2**30 if cuda else None
+    have = torch.cuda.get_device_properties(config.device).total_memory / 2**30 if cuda else math.inf
+    if gib > have:
+        raise InputError(f"this run would take about {gib:.0f} GiB and the GPU has {have:.0f}; more --micro-batches, a "
+                         "smaller --batch-size or --checkpointing would need less")  # fmt: skip
     return f"this run will take about {gib:.1f} GiB" + (f" of the GPU's {have:.0f} GiB" if cuda else " of memory")
 
 
 def on_grid(qat):
-    """Share of the quantized weights that lie in {codes} * gamma of their group. 1 after harden()."""
+    """Share of the quantized weights that lie in {codes} * gamma of their group. 1 after harden(). For methods with
+    other levels: in groups that hold no more values than there are codes; None for sums of codes (Fairy2i)."""
     good = 0
-    for weight in qat.weights.values():
-        w = weight.detach().float().reshape(-1, qat.group_size or weight.numel())  # (n_groups, g)
+    if qat.method.startswith("fairy2i"):
+        return None
+    for name, weight in qat.weights.items():
+        size = qat.step_of(0, name).group_size
+        w = weight.detach().float().reshape(-1, size or weight.numel())  # (n_groups, g)
+        if qat.quantizer.harden is None:
+            values = w.sort(1).values
+            good += int(((values[:, 1:] != values[:, :-1]).sum(1) < len(qat.codebook)).sum()) * w.shape[1]
+            continue
         unit = max(qat.codebook)
         gamma = w.abs().amax(1, keepdim=True) / unit
         near = hestia.quantize(w, group_size=w.shape[1], codebook=qat.codebook, scale=gamma.clamp_min(1e-30))
@@ -769,12 +809,16 @@ def run(config):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
     model = tokenizer = start = None
     if config.llama:
-        model = hestia.load_llama(config.llama, torch.float32, config.device)
+        check_out(config)
+        tokenizer = load_tokenizer(config)
+        for name, path in (("--data", config.data), ("--val-data", config.val_data)):
+            read_text(name, path) if path else None
+        model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the weights to start from stay
         model.checkpointing, c = config.checkpointing, model.config
         check_groups(config, c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)
-        tokenizer = load_tokenizer(config, model)
-        start = {name: t.detach().cpu().clone() for name, t in model.state_dict().items()}
-        print(expected_memory(config, model))
+        check_tokenizer(tokenizer, model, config.llama)
+        print(expected_memory(config, model), flush=True)
+        start = {name: t.detach() for name, t in model.state_dict().items()}
     train_text, val_text, facts = load_text(config, tokenizer)
     folder = run_folder(config)
     began = time.perf_counter()
@@ -819,9 +863,9 @@ def run(config):
         path = folder / (f"{last}-seed{config.seed}" + ("" if config.llama else ".pt"))
         prompt = val_text[:16] if config.llama else None
         text = write_something(config, reload(config, path), config.seed, tokenizer, prompt)
-        grid = min(rows[last]["on_grid"] for rows in per_seed)
-        print(f"{100 * grid:g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
-              f"What {path} writes:\n\n{text}\n")  # fmt: skip
+        grid = [rows[last]["on_grid"] for rows in per_seed]
+        said = f"{100 * min(grid):g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
+        print(f"{said if None not in grid else ''}What {path} writes:\n\n{text}\n")
     if config.device.startswith("cuda"):
         print(f"At most {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB of GPU memory were in use.")
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
