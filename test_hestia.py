@@ -2050,7 +2050,7 @@ def test_the_standard_library_is_read_the_same_way_twice():
 def test_the_transformers_loop_in_the_readme_runs():
     pytest.importorskip("transformers")
     readme = Path(__file__).with_name("README.md").read_text()
-    loop, guidance, _ = re.findall(r"```python\n(.*?)```", readme, re.S)
+    loop, guidance, method, _ = re.findall(r"```python\n(.*?)```", readme, re.S)
     scope = {}
     exec(loop, scope)
     for name, w in scope["qat"].weights.items():
@@ -2060,3 +2060,10 @@ def test_the_transformers_loop_in_the_readme_runs():
         warnings.simplefilter("ignore")  # a model of noise may have negative traces
         exec(guidance, scope)
     assert scope["scores"].keys() == h.Hestia(scope["model"], 1, group_size=32).weights.keys()
+    exec(method, scope)
+    qat = scope["qat"]
+    qat.relax(0)
+    qat.harden()
+    assert h.QUANTIZERS.pop("half").label == "half of each group"
+    for w in qat.weights.values():
+        assert all((group == 0).sum() == 16 for group in w.detach().reshape(-1, 32))
