@@ -2066,4 +2066,4 @@ def test_the_transformers_loop_in_the_readme_runs():
     qat.harden()
     assert h.QUANTIZERS.pop("half").label == "half of each group"
     for w in qat.weights.values():
-        assert all((group == 0).sum() == 16 for group in w.detach().reshape(-1, 32))
+        assert all(len(group.abs().unique()) <= 2 for group in w.detach().reshape(-1, 32))
