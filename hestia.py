@@ -29,12 +29,14 @@ tensors with a large Hessian trace stay warm for longer.
     Eq. 5  _nearest           Eq. 11 train (its loss)        Eq. 16-17  _softmax_moments
     Eq. 6  dead_zone          Alg. 1 Hestia, train           Eq. 18-19  soft_quantize_jacobian, _SoftQuantize
     Lemma 4.2 (Eq. 20) and the steps of Appendix A (Eqs. 21-36) are about limits: assertions in test_hestia.py.
+    Tables 1-3, a row each: QUANTIZERS. Section 5.1's checkpoints: load_llama, save_llama.
 
 Where the paper leaves something open, this file decides as follows (README has the list with reasons): gamma is
 detached and epsilon is added; a tie |z| = 1/2 goes to code 0; Eq. 12 gets the 1/m that it lacks; the Hessian is that
 of the ordinary loss at the full-precision weights; traces that are not positive are floored, never made absolute.
 
-Contents: 3.1 quantization | 3.2 softmax kernel | 3.3 sensitivity and schedules | Algorithm 1 | Llama | the loop
+Contents: 3.1 quantization | 3.2 softmax kernel | 3.3 sensitivity and schedules | Algorithm 1 | the other rows of the
+tables | Llama | checkpoints | the loop
 """
 
 import contextlib
@@ -653,6 +655,7 @@ class Quantizer(NamedTuple):
     settings: dict = {}
     soft: bool = False  # whether p and tau act on it
     init: Callable | None = None  # (W, Step) -> own, {name: tensor}: what is learned beside W, such as scales
+    extra: str = ""  # what inference needs beside codes and their scales
     after_step: Callable | None = None  # (W, Step, lr, t / T, **own): changes W in place after the optimizer's step
 
 
@@ -690,7 +693,7 @@ class Hestia:
 
     model: any nn.Module; total_steps: T. method: a name in QUANTIZERS. targets: (module name, module) -> bool, or None
     for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
-    Wrap the model in DDP after this, not before, if dtype changes: the changed weights are new parameters.
+    Wrap the model in DDP after this, not before: changed dtypes and Tequila's biases are new parameters.
     tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
     compile: fuse the passes over the weights with torch.compile, which pays on a GPU.
     ValueError: unknown method, settings out of range, weights that are not finite, a group size that does not fit.
@@ -702,7 +705,7 @@ class Hestia:
     ...     qat.relax(t)                               # W_eff(t) is in the model now: Algorithm 1, lines 4-10
     ...     model(torch.ones(3, 4)).square().mean().backward()
     ...     qat.pull_back()                            # dL/dW = dL/dW_eff * dW_eff/dW, Eq. (19)
-    ...     optimizer.step()                           # line 11
+    ...     optimizer.step()                           # line 11; then after_step(t, lr), which HESTIA does not need
     >>> qat.harden()                                   # line 13
     >>> len(model[0].weight.abs().unique()) <= 2       # only 0 and gamma are left
     True
@@ -720,6 +723,8 @@ class Hestia:
         fixed = self.quantizer.settings  # what the method's name says
         self.alpha, self.group_size = fixed.get("alpha", alpha), fixed.get("group_size", group_size)
         self.codebook = tuple(fixed.get("codebook", codebook))
+        if self.codebook != tuple(codebook) != TERNARY:
+            raise ValueError(f"{method} has the codebook {self.codebook}, not {tuple(codebook)}")
         _check_codebook(self.codebook)
         if not abs(self.alpha) <= 50:
             raise ValueError(f"alpha is {alpha}; expected a number between -50 and 50, 0.4 in the paper")
@@ -761,19 +766,24 @@ class Hestia:
         self.tau_init = tau_init
         self.own = {}  # {module's name: what the method learns beside W}
         for name, w in self.latents.items():
-            own = self.quantizer.init(w, self.step_of(0, name)) if self.quantizer.init else {}
-            self.own[name] = {k: nn.Parameter(x.detach().clone()) for k, x in own.items()}
+            try:
+                own = self.quantizer.init(w, self.step_of(0, name)) if self.quantizer.init else {}
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+            self.own[name] = {k: nn.Parameter(x.detach().clone(), "frozen" not in fixed) for k, x in own.items()}
+            owners = self.owners[id(self.weights[name])]
+            if "bias" in fixed and (len(owners) > 1 or owners[0].bias is not None):
+                raise ValueError(f"{method} gives every layer a bias; {name} has one, or shares its weight")
+        self.waiting = False  # for after_step, which a method that needs it must not miss
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self._map = torch.compile(self._relax_all) if compile else self._relax_all
         self.graph = None  # [W_eff with its graph back to W, for each tensor] between relax and pull_back
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None
-            if self.quantizer.settings.get("bias"):
-                (module,) = self.owners[id(weight)]
-                if module.bias is not None:
-                    raise ValueError(f"{method} gives every layer a bias, and {name} has one")
-                module.bias = self.biases[name] = nn.Parameter(weight.new_zeros(len(weight), dtype=torch.float32))
+            if "bias" in fixed:
+                self.biases[name] = nn.Parameter(weight.new_zeros(len(weight), dtype=dtype or weight.dtype))
+                self.owners[id(weight)][0].bias = self.biases[name]
             if dtype not in (None, weight.dtype):
                 self._replace(name, weight.detach().to(dtype))
 
@@ -798,12 +808,13 @@ class Hestia:
         """W_eff of each tensor, then the biases, with graphs. A function of tensors alone, so that it compiles once."""
         out = [self.quantizer.relax(w, s, **o) for w, o, s in zip(latents, own, steps)]
         weights, biases = [x[0] if self.biases else x for x in out], [x[1] for x in out] if self.biases else []
-        return [w.to(dtype) for w, dtype in zip(weights, dtypes)] + biases
+        return [w.to(dtype) for w, dtype in zip(weights + biases, dtypes + dtypes)]
 
     def relax(self, t):
         """Algorithm 1, lines 4-10: show the model W_eff(t). Clears the gradients of the weights it writes."""
         if not 0 <= t < self.total_steps:
             raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}, as total_steps says")
+        self._check_after_step()
         steps, weights, latents = [self.step_of(t, name) for name in self.weights], self.weights.values(), self.latents
         if self.compile:  # numbers that change from step to step go in as tensors, or each would compile anew
             values = torch.tensor([[s.p, s.tau] for s in steps]).to(next(iter(weights)).device)  # (tensors, 2)
@@ -830,10 +841,16 @@ class Hestia:
             x.grad = grad
         for _, x in got:
             x.grad = None
+        self.waiting = self.quantizer.after_step is not None
+
+    def _check_after_step(self):
+        if self.waiting:
+            raise RuntimeError(f"{self.method} changes W itself: call after_step(t, lr) after optimizer.step()")
 
     @torch.no_grad()
     def after_step(self, t, lr):
         """What a method does to W itself, after the optimizer's step t; for most, nothing."""
+        self.waiting = False
         if self.quantizer.after_step:
             for name, w in self.latents.items():
                 self.quantizer.after_step(w, self.step_of(t, name), lr, t / self.total_steps, **self.own[name])
@@ -853,7 +870,7 @@ class Hestia:
         for name, weight in self.weights.items():
             weight.data = tensors[name].to(weight.dtype)
         for name, bias in self.biases.items():
-            bias.data = biases[name]
+            bias.data = biases[name].to(bias.dtype)
 
     @contextlib.contextmanager
     def hard(self):
@@ -870,9 +887,10 @@ class Hestia:
 
         A weight that its dtype cannot hold (1.5 gamma in bfloat16) becomes a float32 parameter.
         """
+        self._check_after_step()
         weights, biases = self._hard_weights()
         for name, bias in self.biases.items():
-            bias.data = biases[name]
+            bias.data = biases[name].to(bias.dtype)
         for name, w in weights.items():
             if torch.equal(w.to(self.weights[name].dtype).to(w.dtype), w):
                 self.weights[name].data = w.to(self.weights[name].dtype, copy=True)
@@ -950,7 +968,8 @@ def relax_twn(w, s):
 def _gentle(scale, z):
     """A learned scale whose gradient is divided by sqrt(weights that share it), as in LSQ. Adam hardly notices."""
     factor = z.shape[1] ** -0.5
-    return ((1 - factor) * scale.detach() + factor * scale).clamp_min(1e-5)
+    scale = (1 - factor) * scale.detach() + factor * scale
+    return scale + (scale.clamp_min(1e-5) - scale).detach()  # a floor that lets the gradient through, or it would stay
 
 
 def relax_lsq(w, s, scale):
@@ -962,7 +981,10 @@ def relax_lsq(w, s, scale):
 
 
 def relax_seq(w, s, scale):
-    """SEQ (ParetoQ, arXiv 2502.02631): levels {0, +-2/3 scale}, a learned scale that starts at max|w|."""
+    """SEQ (ParetoQ, arXiv 2502.02631): levels {0, +-2/3 scale}, a learned scale that starts at max|w|.
+
+    Its derivative is the exact one; ParetoQ's code has 1 in place of the level 2/3 outside. Its 2-bit grid is left out.
+    """
     z = _groups(w, s.group_size)
     scale = _gentle(scale, z)
     u = (z / scale).clamp(-0.99, 0.99)
@@ -1006,20 +1028,20 @@ def from_widely_linear(U, V):
 
 def _phases(C, tau):
     """One stage: every entry becomes the nearest of {1, i, -1, -i} by angle, times a scale for real and one for
-    imaginary codes; at tau > 0 the mean of the four under a softmax of the squared angles."""
+    imaginary codes; at a temperature tau the mean of the four under a softmax of the squared angles."""
     re, im = C.real, C.imag
     real = re.detach().abs() >= im.detach().abs()
     mean = lambda x, mask: (x.detach().abs() * mask).sum() / mask.sum().clamp_min(1)
     scale_re, scale_im = mean(re, real), mean(im, ~real)
-    if not tau > 0:
+    if tau is None:
         return torch.complex(re.detach().sign() * scale_re * real, im.detach().sign() * scale_im * ~real)
     angle = torch.atan2(im, re).unsqueeze(-1) - torch.tensor([0.0, 0.5, 1.0, -0.5], device=C.device) * math.pi
     away = torch.remainder(angle + math.pi, 2 * math.pi) - math.pi  # wrapped to [-pi, pi)
-    pi = torch.softmax(-(away**2) / tau, -1)  # (..., 4)
+    pi = torch.softmax(-(away**2) / _safe_tau(tau)[0], -1)  # (..., 4)
     return torch.complex((pi[..., 0] - pi[..., 2]) * scale_re, (pi[..., 1] - pi[..., 3]) * scale_im)
 
 
-def _fairy(w, tau, stages=2):
+def _fairy(w, tau=None, stages=2):
     parts = []
     for C in widely_linear(w):
         total = 0
@@ -1031,7 +1053,7 @@ def _fairy(w, tau, stages=2):
 
 def relax_fairy2i(w, s):
     """Fairy2i: two residual stages of complex codes per matrix, 2 bits per weight; straight through."""
-    return _fairy(w.detach(), 0.0) + (w - w.detach())
+    return _fairy(w.detach()) + (w - w.detach())
 
 
 def relax_fairy2i_hestia(w, s):
@@ -1054,7 +1076,8 @@ def relax_dge(w, s, k=5, cap=3.0):
 
 
 def relax_dsq(w, s, alpha=0.2):
-    """DSQ (arXiv 1908.05033): soft forward, a tanh in every interval, rescaled so that the pieces meet."""
+    """DSQ (arXiv 1908.05033): soft forward, a tanh in every interval, rescaled so that the pieces meet. It stays as
+    soft as alpha says to the end, so that what is kept differs from what was trained."""
     z, gamma, a, _ = _within(w, s)
     k = math.log(2 / alpha - 1)
     return (gamma * z.sign() * (torch.tanh(k * (a - 0.5)) / math.tanh(k / 2) + 1) / 2).view_as(w)
@@ -1071,7 +1094,10 @@ def relax_daq(w, s, T=2.0):
 
 
 def pull_cage(w, s, lr, progress, strength=10.0, silence=0.8):
-    """CAGE (arXiv 2510.18784): in the last fifth, a growing pull of W towards Q(W), decoupled from the gradient."""
+    """CAGE (arXiv 2510.18784): in the last fifth, a growing pull of W towards Q(W), decoupled from the gradient.
+
+    Taken at W after the optimizer's step, not before it: a difference of the order of lr squared.
+    """
     ramp = max(0.0, progress - silence) / (1 - silence)
     w -= lr * strength * ramp * (w - quantize(w, s.group_size, s.codebook))
 
@@ -1089,8 +1115,14 @@ def _start_on_grid(w, s):
     return {"scale": scale}
 
 
+def _even_sides(w, s):
+    widely_linear(w)
+    return {}
+
+
 def distillation(teacher):
     """LLM-QAT (arXiv 2305.17888): a loss for `train`, KL(teacher || student) in nats per token, in place of the text's.
+    Holds the logits of both models: lower the micro-batch where the vocabulary is large.
 
     >>> loss = distillation(lambda x: torch.tensor([[2.0, 0.0, -1.0]]))
     >>> round(float(loss(lambda x: torch.tensor([[1.0, 0.5, 0.0]]), None, None)), 6)
@@ -1107,30 +1139,33 @@ def distillation(teacher):
 
 
 _scale = lambda factor: lambda w, s: {"scale": factor(_groups(w.detach().abs(), s.group_size))}
+_TERNARY = {"codebook": TERNARY}  # the only grid these have
 QUANTIZERS |= {
-    "twn": Quantizer("TWN", relax_twn),
-    "lsq": Quantizer("LSQ", relax_lsq, init=_scale(lambda a: 2 * a.mean(1, keepdim=True))),
-    "seq": Quantizer("SEQ", relax_seq, init=_scale(lambda a: a.amax(1, keepdim=True))),
-    "dlt": Quantizer("DLT", relax_dlt, init=lambda w, s: dict(
-        scale=(alpha := _twn_codes(_groups(w, s.group_size))[1]), shift=torch.zeros_like(alpha))),
+    "twn": Quantizer("TWN", relax_twn, settings=_TERNARY),
+    "lsq": Quantizer("LSQ", relax_lsq, settings=_TERNARY, init=_scale(lambda a: 2 * a.mean(1, keepdim=True))),
+    "seq": Quantizer("SEQ", relax_seq, settings=_TERNARY, init=_scale(lambda a: a.amax(1, keepdim=True))),
+    "dlt": Quantizer("DLT", relax_dlt, settings=_TERNARY, init=lambda w, s: dict(
+        scale=(alpha := _twn_codes(_groups(w, s.group_size))[1]), shift=torch.zeros_like(alpha)),
+        extra="a shift per group"),
     "tequila": Quantizer("Tequila", relax_tequila, lambda w, s: (_hard_absmean(w, s), relax_tequila(w, s)[1]),
-                         {"bias": True}),
+                         {**_TERNARY, "bias": True}, extra="a bias per row"),
     "int2": Quantizer("INT2", _relax_ste, _hard_absmean, {"codebook": TWO_BIT}),
-    "int2-absmax": Quantizer("INT2, scale max|w|", relax_int2_absmax),
+    "int2-absmax": Quantizer("INT2, scale max|w|", relax_int2_absmax, settings=_TERNARY),
     "llm-qat": Quantizer("LLM-QAT", _relax_ste, _hard_absmean,
                          {"codebook": TWO_BIT, "group_size": "row", "distill": True}),
     "bitnet": Quantizer("BitNet, from scratch", _relax_ste, _hard_absmean, {"group_size": None, "scratch": True}),
     "spectra": Quantizer("Spectra, from scratch", _relax_ste, _hard_absmean,
                          {"group_size": None, "scratch": True, "spectra": True}),
-    "fairy2i": Quantizer("Fairy2i", relax_fairy2i, lambda w, s: _fairy(w, 0.0), {"group_size": None}),
-    "fairy2i-hestia": Quantizer("Fairy2i-HESTIA", relax_fairy2i_hestia, lambda w, s: _fairy(w, 0.0),
-                                {"group_size": None}, soft=True),
-    "dge": Quantizer("DGE", relax_dge, _hard_absmean),
-    "dsq": Quantizer("DSQ", relax_dsq, _hard_absmean),
-    "daq": Quantizer("DAQ", relax_daq, _hard_absmean),
+    "fairy2i": Quantizer("Fairy2i", relax_fairy2i, lambda w, s: _fairy(w), {"group_size": None},
+                         init=_even_sides, extra="complex, two stages"),
+    "fairy2i-hestia": Quantizer("Fairy2i-HESTIA", relax_fairy2i_hestia, lambda w, s: _fairy(w),
+                                {"group_size": None}, soft=True, init=_even_sides, extra="complex, two stages"),
+    "dge": Quantizer("DGE", relax_dge, _hard_absmean, _TERNARY),
+    "dsq": Quantizer("DSQ", relax_dsq, _hard_absmean, _TERNARY),
+    "daq": Quantizer("DAQ", relax_daq, _hard_absmean, _TERNARY),
     "cage": Quantizer("CAGE", _relax_ste, _hard_absmean, after_step=pull_cage),
-    "stochastic": Quantizer("stochastic rounding", lambda w, s, scale: w, init=_start_on_grid,
-                            after_step=round_stochastically),
+    "stochastic": Quantizer("stochastic rounding", lambda w, s, scale: w, settings={**_TERNARY, "frozen": True},
+                            init=_start_on_grid, after_step=round_stochastically),
 }  # fmt: skip
 
 

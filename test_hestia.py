@@ -1147,13 +1147,13 @@ def test_fairy2i_is_lossless_in_complex_form_and_its_codes_are_units():
         z = torch.complex(x[:7], x[7:])
         y = U @ z + V @ z.conj()
         assert torch.allclose(torch.cat([y.real, y.imag]), R @ x, atol=1e-12)
-        C = h._phases(U, 0.0)
+        C = h._phases(U, None)
         assert ((C.real == 0) != (C.imag == 0)).all()
         assert len(C.real.abs().unique()) == len(C.imag.abs().unique()) == 2  # zero, and one scale for each
     with pytest.raises(ValueError, match="odd side"):
         h.widely_linear(randn(3, 4))
     C = torch.complex(f64([-1.2, -0.3, 0.4]), f64([-0.6, 0.1, 0.9]))
-    stages = {0.0: [([-0.75, -0.75, 0], [0, 0, 0.9]), ([-0.75, -0.325, 0.425], [-0.6, 0, 0.9])],
+    stages = {None: [([-0.75, -0.75, 0], [0, 0, 0.9]), ([-0.75, -0.325, 0.425], [-0.6, 0, 0.9])],
               0.3: [([-0.725048, -0.744198, 0.015701], [-0.029938, 0.006946, 0.881153]),
                     ([-0.840537, -0.330925, 0.429698], [-0.441072, 0.008253, 0.881316])]}  # fmt: skip
     for tau, expected in stages.items():
@@ -1162,7 +1162,7 @@ def test_fairy2i_is_lossless_in_complex_form_and_its_codes_are_units():
             total = total + h._phases(C - total, tau)
             assert torch.allclose(total, torch.complex(f64(real), f64(imag)), atol=1e-5), tau
     A = f64([[-1.2, -0.6], [-0.3, 0.1]])
-    assert torch.allclose(h._fairy(A, 0.0, 1), f64([[-1.2, 0], [0, 0.1]])) and torch.allclose(h._fairy(A, 0.0, 2), A)
+    assert torch.allclose(h._fairy(A, None, 1), f64([[-1.2, 0], [0, 0.1]])) and torch.allclose(h._fairy(A, None, 2), A)
 
 
 def test_cage_pulls_and_stochastic_rounding_has_the_right_mean():
@@ -1196,6 +1196,58 @@ def test_learned_scales_have_no_weight_decay_and_are_kept_with_the_state():
     assert (again.own["model.layers.0.mlp.up_proj"]["shift"] == 1).all()
     with pytest.raises(ValueError, match="tequila gives every layer a bias"):
         h.Hestia(tiny_llama(attention_bias=True).float(), 4, method="tequila", group_size=4)
+
+
+def test_a_learned_scale_that_fell_to_its_floor_can_rise_again():
+    for relax in (h.relax_lsq, h.relax_seq):
+        scale = f64([[-1e-3]]).requires_grad_()
+        relax(f64([W]), step("lsq"), scale).backward(f64([G]))
+        assert scale.grad.abs() > 0.1
+
+
+def test_methods_refuse_what_they_do_not_have():
+    with pytest.raises(ValueError, match=r"dge has the codebook \(-1.0, 0.0, 1.0\), not \(-1.0, 1.0\)"):
+        h.Hestia(tiny_llama(), 4, method="dge", group_size=4, codebook=h.BINARY)
+    with pytest.raises(ValueError, match=r"0: a \(3, 4\) matrix has an odd side"):
+        h.Hestia(nn.Sequential(nn.Linear(4, 3)), 4, method="fairy2i")
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="tequila gives every layer a bias; 1 has one"):
+        h.Hestia(model, 4, method="tequila", group_size=4)
+    assert model[0].bias is None  # nothing was changed on the way
+    qat = h.Hestia(nn.Sequential(nn.Linear(4, 4)), 4, method="cage", group_size=4)
+    qat.relax(0)
+    qat.model(torch.ones(1, 4)).sum().backward()
+    qat.pull_back()
+    for act in (lambda: qat.relax(1), qat.harden):
+        with pytest.raises(RuntimeError, match=r"call after_step\(t, lr\)"):
+            act()
+    qat.after_step(0, 1e-3)
+    qat.relax(1)
+
+
+def test_tequila_in_bfloat16():
+    model = nn.Sequential(nn.Linear(8, 4, bias=False)).bfloat16()
+    qat = h.Hestia(model, 2, method="tequila", group_size=4)
+    qat.relax(0)
+    model(torch.ones(1, 8).bfloat16()).sum().backward()
+    qat.pull_back()
+    assert qat.latents["0"].grad.dtype == torch.float32
+    qat.harden()
+    assert model(torch.ones(1, 8).bfloat16()).isfinite().all()
+
+
+def test_recipes_and_distillation_do_what_they_say():
+    logs = {m: {r["step"]: r for r in small_run(m, steps=20)[0]} for m in ("spectra", "bitnet", "absmean", "cage")}
+    for t, r in logs["spectra"].items():
+        assert r["lr"] == pytest.approx(logs["bitnet"][t]["lr"] * (0.69 if t >= 10 else 1))
+    losses = {t: logs["cage"][t]["loss"] - logs["absmean"][t]["loss"] for t in (15, 17, 19)}
+    assert losses[15] == losses[17] == 0 != losses[19]  # the pull begins after four fifths
+    model = tiny_llama().float()
+    ids = torch.randint(0, 17, (2, 9), generator=torch.Generator().manual_seed(0))
+    loss = h.distillation(copy.deepcopy(model))
+    assert loss(model, ids, None).abs() < 1e-6
+    model.model.norm.weight.data *= 2
+    assert loss(model, ids, None) > 0.01
 
 
 def test_every_method_trains_hardens_and_reads_back(text, tmp_path):

@@ -397,10 +397,12 @@ class Snapshots:
                 s = qat.step_of(t, name)
                 same = hestia.dead_zone(old, qat.latents[name] - old, s.group_size, s.codebook)
                 J = torch.ones_like(old) if qat.method == "full" else 1.0 - same.float()  # STE: only a change of code
-                if qat.quantizer.soft:
+                if qat.quantizer.harden not in (hestia._hard_absmean, hestia.QUANTIZERS["full"].harden):
+                    same, J = torch.full_like(old, math.nan), torch.full_like(old, math.nan)  # another grid: not asked
+                elif qat.quantizer.soft:
                     J = (1 - s.p) + s.p * hestia.soft_quantize_jacobian(old, s.tau, s.group_size, s.codebook)
                 dead.append(same.sum())
-                felt.append((J >= 0.05).sum())
+                felt.append((J >= 0.05).sum() + 0 * J.sum())
                 total += old.numel()
             dead, felt = float(sum(dead)), float(sum(felt))
             hist = []
@@ -635,6 +637,9 @@ def run_seed(config, seed, model, start, data, folder, reporter, snapshots):
         label, fixed = hestia.QUANTIZERS[method].label, hestia.QUANTIZERS[method].settings
         begin(3 + k, f"{label}: {config.steps} steps")
         torch.manual_seed(seed)
+        if config.compile:  # each method compiles other graphs, and torch keeps eight for one piece of code
+            torch._dynamo.reset()
+            fast = torch.compile(model)
         loss_fn = None
         if config.distill or "distill" in fixed:
             restore(model, weights)
@@ -651,7 +656,8 @@ def run_seed(config, seed, model, start, data, folder, reporter, snapshots):
         qat.harden()
         rows[method] = {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init, **losses(model)}
         if method != "full":
-            rows[method] |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat)}
+            rows[method] |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat),
+                             "bits": bits_per_weight(qat)}  # fmt: skip
         snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
 
         names = [] if method == "full" else list(qat.weights)
@@ -692,7 +698,10 @@ def expected_memory(config, model):
     n = sum(module.weight.numel() for name, module in model.named_modules() if target(name, module))
     rest = sum(p.numel() for p in model.parameters()) - n
     narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
-    weights = n * (4 + 8 + 4 + 4 + 4) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last latents
+    # what a method's graph keeps of each weight from relax to pull_back, in bytes, where it was measured
+    kept = {"absmean": 0, "full": 0, "hestia": 4, "hestia-no-hessian": 4, "fairy2i-hestia": 52}
+    graph = max(kept.get(method, 20) for method in config.methods)
+    weights = n * (4 + 8 + 4 + 4 + 4 + graph) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last
     tokens = config.batch_size // config.micro_batches * config.block_size
     layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
     kept = tokens * narrow * c.hidden_size * c.num_hidden_layers + layer if config.checkpointing else (
@@ -704,6 +713,19 @@ def expected_memory(config, model):
         raise InputError(f"this run would take about {gib:.0f} GiB and the GPU has {have:.0f}; more --micro-batches, a "
                          "smaller --batch-size or --checkpointing would need less")  # fmt: skip
     return f"this run will take about {gib:.1f} GiB" + (f" of the GPU's {have:.0f} GiB" if cuda else " of memory")
+
+
+def bits_per_weight(qat):
+    """What a weight takes: its code, and its share of 16-bit scales, shifts and biases."""
+    total = 0.0
+    for name, w in qat.latents.items():
+        groups = w.numel() / (qat.step_of(0, name).group_size or w.numel())
+        if qat.method.startswith("fairy2i"):  # two stages, each one of four units for two real numbers; 8 scales
+            total += 2 * w.numel() + 16 * 8
+        else:
+            shifts, biases = groups * ("shift" in qat.own[name]), len(w) * bool(qat.biases)
+            total += math.log2(len(qat.codebook)) * w.numel() + 16 * (groups + shifts + biases)
+    return total / sum(w.numel() for w in qat.latents.values())
 
 
 def on_grid(qat):
@@ -760,7 +782,8 @@ def print_table(config, table, file=None):
         spread = f" ± {scale * spread:.{digits}f}" if several and spread is not None else ""
         return f"{scale * mean:.{digits}f}" + spread
 
-    head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "seconds"]
+    head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "bits per weight",
+            "seconds"]  # fmt: skip
     if config.llama:
         head.append("perplexity")
     lines = [head]
@@ -770,7 +793,8 @@ def print_table(config, table, file=None):
         gaps = [g if g == "-" else g + " %" for g in gaps]
         changed = cell(row, "changed_last_tenth", 2, 100)
         lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
-                      changed if changed == "-" else changed + " %", cell(row, "seconds", 0)])  # fmt: skip
+                      changed if changed == "-" else changed + " %", cell(row, "bits", 2).split(" ")[0],
+                      cell(row, "seconds", 0)])  # fmt: skip
         if config.llama:
             lines[-1].append(f"{math.exp(min(99.0, table[row]['val'][0])):.2f}")
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
@@ -779,18 +803,42 @@ def print_table(config, table, file=None):
               file=file)  # fmt: skip
         if line is head:
             print("-|-".join("-" * w for w in widths), file=file)
+    for row in table:
+        if row not in labels and hestia.QUANTIZERS[row].extra:
+            print(f"{hestia.QUANTIZERS[row].label} also needs at inference: {hestia.QUANTIZERS[row].extra}", file=file)
+
+
+T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees
+
+
+def paired(per_seed, method, other, split):
+    """(mean, half width of its 95 % interval, standard deviation) of method minus other, seed by seed: the batches are
+    shared, so their noise cancels.
+
+    >>> rows = [{"a": {"val": 1.0 + d}, "b": {"val": 2.0}} for d in (0.1, 0.2, 0.3)]
+    >>> [round(x, 3) for x in paired(rows, "a", "b", "val")]
+    [-0.8, 0.248, 0.1]
+    """
+    gaps = [rows[method][split] - rows[other][split] for rows in per_seed]
+    spread = float(np.std(gaps, ddof=1))
+    half = (T_95[len(gaps) - 2] if len(gaps) - 2 < len(T_95) else 2.0) * spread / len(gaps) ** 0.5
+    return float(np.mean(gaps)), half, spread
 
 
 def print_paired(config, per_seed):
-    """Each method minus AbsMean STE, seed by seed: the batches are shared, so their noise cancels."""
-    for method in config.methods:
-        if method in ("absmean", "full") or "absmean" not in per_seed[0] or len(per_seed) < 2:
+    """Each method minus AbsMean STE and minus HESTIA, and whether zero lies within the 95 % interval."""
+    for other in ("absmean", "hestia"):
+        if other not in per_seed[0] or len(per_seed) < 2:
             continue
-        text = []
-        for split, name in (("train", "train"), ("val", "validation")):
-            gaps = [rows[method][split] - rows["absmean"][split] for rows in per_seed]
-            text.append(f"{name} {np.mean(gaps):+.4f} ± {np.std(gaps, ddof=1):.4f}")
-        print(f"{hestia.QUANTIZERS[method].label} minus AbsMean STE, seed by seed: {', '.join(text)}")
+        print(f"minus {hestia.QUANTIZERS[other].label}, seed by seed, with 95 % intervals:")
+        for method in config.methods:
+            if method in (other, "full"):
+                continue
+            text = []
+            for split, name in (("train", "train"), ("val", "validation")):
+                mean, half, _ = paired(per_seed, method, other, split)
+                text.append(f"{name} {mean:+.4f} ± {half:.4f}" + ("" if abs(mean) > half else " (no difference seen)"))
+            print(f"  {hestia.QUANTIZERS[method].label}: {', '.join(text)}")
 
 
 def write_something(config, model, seed, tokenizer=None, prompt=None):
