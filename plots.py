@@ -22,8 +22,20 @@ STYLE = {
 }
 
 
+def quantizer(method):
+    """The row of a method, or of a variant such as "hestia:alpha=0.6", whose label says so.
+
+    >>> quantizer("hestia:alpha=0.6,rho=0.3").label
+    'HESTIA, alpha 0.6, rho 0.3'
+    """
+    name, _, settings = method.partition(":")
+    row = hestia.QUANTIZERS[name]
+    said = "".join(", " + item.replace("=", " ").replace("_", " ") for item in settings.split(",") if item)
+    return row._replace(label=row.label + said)
+
+
 def style(method):
-    return {"label": hestia.QUANTIZERS[method].label, **STYLE.get(method, {})}
+    return {"label": quantizer(method).label, **STYLE.get(method, {})}
 
 
 def read_log(folder):
@@ -47,7 +59,8 @@ def loss_curves(runs, ax, key="loss"):
     Every method sees the same batches, so the difference is free of their noise. Without a full-precision run: the loss
     itself. Lines are means over seeds, bands reach from the smallest to the largest.
     """
-    methods = list(dict.fromkeys(name for name, _ in runs if name in hestia.QUANTIZERS))
+    known = lambda name: " at " not in name and name.partition(":")[0] in hestia.QUANTIZERS  # not a choice of rate
+    methods = list(dict.fromkeys(name for name, _ in runs if known(name)))
     paired = "full" in methods
     tops = []
     for method in methods:
@@ -100,7 +113,7 @@ def overview(folder):
     left.set_title("What quantization costs along the way", fontsize=11)
 
     scores = {name: s["score"] for name, s in results["sensitivities"][0]["tensors"].items()}
-    soft = next((m for m in methods if hestia.QUANTIZERS[m].soft), None)
+    soft = next((m for m in methods if quantizer(m).soft), None)
     if soft:
         schedules(config, scores or {"every tensor": 0.0}, middle, table[soft]["tau_init"][0])
         title = "Sensitive tensors (high s) stay warm longer" if scores else "All tensors cool alike"
@@ -116,14 +129,14 @@ def overview(folder):
             mean, spread = table[method][split]
             right.errorbar(mean, k + offset, xerr=spread, marker=marker, color=style(method).get("color", "#777777"),
                            capsize=3, fillstyle=fill, linestyle="none", label=label if k == 0 else None)  # fmt: skip
-    right.set_yticks(range(len(methods)), [hestia.QUANTIZERS[m].label for m in methods])
+    right.set_yticks(range(len(methods)), [quantizer(m).label for m in methods])
     right.invert_yaxis()
     right.set_xlabel("nats per byte, hard weights")
     right.legend(fontsize=8, frameon=False)
     quantized = [m for m in methods if m != "full"]
     if quantized:
         best = min(quantized, key=lambda m: table[m]["val"][0])
-        right.set_title(f"Closest at the end: {hestia.QUANTIZERS[best].label}", fontsize=11)
+        right.set_title(f"Closest at the end: {quantizer(best).label}", fontsize=11)
     for ax in (left, middle, right):
         ax.spines["top"].set_visible(False)
         ax.grid(alpha=0.2)

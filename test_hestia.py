@@ -1853,7 +1853,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     names = {p.name for p in finished_run.iterdir()}
     checkpoints = {f"{m}-seed{s}.pt" for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in (0, 1)}
     assert names == {"config.json", "log.jsonl", "results.json", "snapshots.npz", "overview.png",
-                     "sensitivities.json"} | checkpoints
+                     "sensitivities.json", "state.json"} | checkpoints | {f"pretrained-seed{s}.pt" for s in (0, 1)}
     results = json.loads((finished_run / "results.json").read_text())
     table = results["table"]
     assert list(table) == ["before", "untrained", "full", "absmean", "hestia-no-hessian", "hestia"]
@@ -1930,6 +1930,12 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     (["--device", "abacus"], "--device abacus cannot be used"),
     (["--steps", "many"], "argument --steps: invalid int value: 'many'"),
     (["--samples", "1"], "--samples is 1; expected at least 2, for a standard error"),
+    (["--lrs", "1e-3", "0"], "--lrs are 0.001, 0.0; expected positive numbers"),
+    (["--methods", "hestia:beta=1"], "method hestia:beta=1: expected settings such as alpha=0.6"),
+    (["--methods", "hestia:scores=sorted"], "expected scores=shuffled or common"),
+    (["--methods", "hestia:rho=2"], "method hestia:rho=2: expected rho from 0 to 1"),
+    (["--methods", "hestia:group_size=48"], "--group-size 48 does not divide"),
+    (["--ablate", "everything"], "argument --ablate: invalid choice"),
     (["--packed"], "--packed needs --llama"),
     (["--sensitivity", "guess"], "argument --sensitivity: invalid choice: 'guess'"),
     (["--preset", "huge"], "argument --preset: invalid choice"),
@@ -2061,6 +2067,73 @@ def test_long_text_is_tokenized_in_pieces_as_in_one(tmp_path, capsys):
     ids = train_tiny.tokenized(text.encode(), tokenizer, config)
     assert ids.dtype == torch.int32 and ids.tolist() == tokenizer.encode(text).ids
     assert "100 %" in capsys.readouterr().out and train_tiny.tokenized(text.encode(), tokenizer, config).equal(ids)
+
+
+def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, monkeypatch, capsys):
+    methods = ["full", "absmean", "hestia"]
+    arguments = ["--data", text, "--methods", *methods, "--lrs", "1e-3", "4e-3", "--seeds", "2", *TINY, "--steps", "5",
+                 "--out"]  # fmt: skip
+
+    def run(*more):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return train_tiny.main([*arguments, *more])
+
+    assert run(str(tmp_path / "undisturbed")) == 0
+    original, calls = train_tiny.run_method, []
+
+    def interrupted(*a, **k):
+        calls.append(a[2])
+        if len(calls) in (3, 9):
+            original(*a, **k)  # its records are in the log, its result nowhere
+            raise KeyboardInterrupt
+        return original(*a, **k)
+
+    monkeypatch.setattr(train_tiny, "run_method", interrupted)
+    out = str(tmp_path / "other" / "interrupted")
+    assert run(out) == 130 and "--resume goes on" in capsys.readouterr().err
+    assert run(out, "--resume") == 130 and run(out, "--resume") == 0
+    assert len(calls) == 2 * 3 + 2 * 3 + 2  # tuning, seeds, and the two that were repeated
+    a, b = (json.loads((Path(p) / "results.json").read_text()) for p in (tmp_path / "undisturbed", out))
+    for rows in (*a["per_seed"], *b["per_seed"]):
+        for row in rows.values():
+            row.pop("seconds", None)
+    assert a["per_seed"] == b["per_seed"] and a["tuning"] == b["tuning"]
+    assert {row["lr"] for rows in a["per_seed"] for m, row in rows.items() if m in calls} <= {1e-3, 4e-3}
+    logs = [[json.loads(line) for line in (Path(p) / "log.jsonl").read_text().splitlines()]
+            for p in (tmp_path / "undisturbed", out)]  # fmt: skip
+    timing = ("seconds", "seconds_left", "tokens_per_s")
+    assert [{k: v for k, v in r.items() if k not in timing} for r in logs[0]] == [
+        {k: v for k, v in r.items() if k not in timing} for r in logs[1]]  # fmt: skip
+    with np.load(tmp_path / "undisturbed" / "snapshots.npz") as x, np.load(Path(out) / "snapshots.npz") as y:
+        assert set(x) == set(y) and all(np.array_equal(x[k], y[k]) for k in x)
+    capsys.readouterr()
+    assert run(out, "--resume", "--rho", "0.3", "--lrs", "1e-3") == 2
+    assert "--resume: lrs, rho differ from the run in" in capsys.readouterr().err
+    assert run(str(tmp_path / "nothing"), "--resume") == 2 and "--resume needs --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])
+def test_ablations(what, text, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        more = ["--ablate", what, *TINY, "--steps", "4", "--out", str(tmp_path / "run")]
+        assert train_tiny.main(["--data", text, *more]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    rows = results["per_seed"][0]
+    assert list(rows)[2:] == results["config"]["methods"] and len(rows) >= 7 and "commit" in results
+    losses = [row["val"] for name, row in rows.items() if name.startswith("hestia")]
+    assert len(set(losses)) == len(losses) or what == "samples"  # every variant did something else
+
+
+def test_changed_scores_by_hand():
+    scores = {"a": 0.0, "b": 1.0, "c": 0.5}
+    assert train_tiny.changed_scores(scores, "", 0.4, 0) is scores
+    shuffled = train_tiny.changed_scores(scores, "shuffled", 0.4, 0)
+    assert shuffled.keys() == scores.keys() and sorted(shuffled.values()) == [0.0, 0.5, 1.0] and shuffled != scores
+    common = train_tiny.changed_scores(scores, "common", 0.4, 0)
+    assert math.exp(0.4 * common["a"]) == pytest.approx((1 + math.exp(0.4) + math.exp(0.2)) / 3)
+    assert len(set(common.values())) == 1
 
 
 def test_two_bit_and_binary_runs_save_and_read_back(text, tmp_path):

@@ -8,8 +8,8 @@
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
 steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
-(one record per line), sensitivities.json, results.json, snapshots.npz, overview.png, and a checkpoint per method and
-seed. With --llama the weights come from a folder instead of the first training, the text goes through its tokenizer,
+(one record per line), state.json (what is finished, for --resume), sensitivities.json, results.json, snapshots.npz,
+overview.png, the full-precision weights of each seed, and a checkpoint per method and seed. With --llama the weights come from a folder instead of the first training, the text goes through its tokenizer,
 the settings are the paper's unless said otherwise, and the checkpoints are Hugging Face folders.
 """
 
@@ -23,6 +23,8 @@ import os
 import platform
 import random
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
 import time
@@ -55,11 +57,13 @@ class Config:
     llama: str = option("a folder with a Llama to start from, Hugging Face's or Meta's; needs --data", "")
     methods: tuple = option(f"what to compare, of: {', '.join(hestia.QUANTIZERS)}; or all",
                             ("full", "absmean", "hestia-no-hessian", "hestia"))  # fmt: skip
+    ablate: str = option("compare variants of HESTIA instead: group, hessian, alpha, rho, bits or samples", "")
     seeds: int = option("how many seeds; each has its own weights and batches, shared by all methods", 1, 3)
     seed: int = option("the first seed", 0)
     steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
     pretrain_steps: int = option("steps of full-precision training before it", 480, 8000)
     lr: float = option("peak learning rate of the T steps; the default is AbsMean STE's best", 1e-3, 2.5e-4, 1.5e-3)
+    lrs: tuple = option("choose each method's peak among these, on a seed and text of their own, not by --lr", ())
     pretrain_lr: float = option("peak learning rate of the full-precision training", 3e-3, 2e-3)
     weight_decay: float = option("AdamW's weight decay, on matrices only", 0.1)
     clip: float = option("largest gradient norm", 1.0)
@@ -88,12 +92,30 @@ class Config:
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
     out: str = option("folder of this run; default: a new one under out/", "")
+    resume: bool = option("go on with the run in --out, which was interrupted, from the last finished method", False)
 
 
 CHOICES = {
     "clip_at": ("effective", "latent"),
     "sensitivity": ("hutchpp", "joint", "fisher", "gradnorm", "error"),
 }
+
+
+CHOICES["ablate"] = ("group", "hessian", "alpha", "rho", "bits", "samples")
+
+
+def ablation(config):
+    """The methods of --ablate: Table 4, what the authors' rebuttal adds, and two controls for the Hessian's scores."""
+    of = lambda setting, *values: tuple(f"hestia:{setting}={value}" for value in values)
+    g = config.group_size or 64
+    return ("full", "absmean") + {
+        "group": (*(f"{m}:group_size={size}" for m in ("absmean", "hestia") for size in (0, g, g // 2)),),
+        "hessian": ("hestia-no-hessian", "hestia", *of("scores", "shuffled", "common")),
+        "alpha": of("alpha", 0.6, 0.4, 0.2, 0.0, -0.2, -0.4, -0.6),
+        "rho": of("rho", 0.0, 0.1, 0.2, 0.3, 0.5),
+        "bits": ("int2", "hestia-binary", "hestia", "hestia-2bit"),
+        "samples": of("samples", 5, 20, 50),
+    }[config.ablate]
 
 
 class InputError(ValueError):
@@ -123,6 +145,7 @@ def parse(arguments):
             kind = {"action": argparse.BooleanOptionalAction}
         elif f.type is tuple:
             kind = {"nargs": "+", "metavar": "NAME"}
+            kind |= {"metavar": "RATE", "type": float} if f.name == "lrs" else {}
         parser.add_argument("--" + f.name.replace("_", "-"), default=None, help=help, **kind)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
     preset = given.get("preset", "paper" if given.get("llama") else "cpu")
@@ -132,11 +155,47 @@ def parse(arguments):
     return Config(**{**defaults, "preset": preset, **given})
 
 
+VARIED = {"alpha": float, "rho": float, "group_size": int, "samples": int, "scores": str}
+
+
+def variant(config, name):
+    """The configuration that a method such as "hestia:alpha=0.6,rho=0.3" has, and what becomes of its scores."""
+    settings = dict(item.partition("=")[::2] for item in name.partition(":")[2].split(",") if item)
+    try:
+        values = {key: VARIED[key](value) for key, value in settings.items()}
+    except (KeyError, ValueError):
+        raise InputError(f"method {name}: expected settings such as alpha=0.6, of {', '.join(VARIED)}") from None
+    scores = values.pop("scores", "")
+    if scores not in ("", "shuffled", "common") or values.get("samples", 2) < 2 or values.get("group_size", 0) < 0:
+        raise InputError(f"method {name}: expected scores=shuffled or common, samples from 2, group_size from 0")
+    return dataclasses.replace(config, **values), scores
+
+
+def changed_scores(scores, how, alpha, seed):
+    """The scores themselves, shuffled among the tensors, or one common score: that whose temperature is the mean."""
+    if not scores or not how:
+        return scores
+    if how == "shuffled":
+        values = list(scores.values())
+        random.Random(seed).shuffle(values)
+        return dict(zip(scores, values))
+    mean = sum(math.exp(alpha * s) for s in scores.values()) / len(scores)
+    return dict.fromkeys(scores, math.log(mean) / alpha if alpha else 0.0)
+
+
 def check(config):
     """Refuse what cannot work before anything is computed or written."""
-    names = [name for given in config.methods for name in given.split(",") if name]
+    names = [name for given in config.methods for name in ([given] if ":" in given else given.split(",")) if name]
     config.methods = tuple(hestia.QUANTIZERS) if names == ["all"] else tuple(dict.fromkeys(names))
-    unknown = [name for name in config.methods if name not in hestia.QUANTIZERS]
+    if config.ablate:
+        config.methods = ablation(config)
+    unknown = [name for name in config.methods if name.partition(":")[0] not in hestia.QUANTIZERS]
+    for name in (name for name in config.methods if ":" in name and not unknown):
+        changed, _ = variant(config, name)
+        if not (0 <= changed.rho <= 1 and abs(changed.alpha) <= 50):
+            raise InputError(f"method {name}: expected rho from 0 to 1, and alpha from -50 to 50")
+        if not config.llama:
+            check_groups(changed, config.hidden, config.intermediate)
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
     for name in ("seeds", "steps", "pretrain_steps", "batch_size", "micro_batches", "block_size", "layers", "hidden",
@@ -145,6 +204,11 @@ def check(config):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
     if config.samples < 2:
         raise InputError(f"--samples is {config.samples}; expected at least 2, for a standard error")
+    config.lrs = tuple(config.lrs)
+    if not all(0 < lr < math.inf for lr in config.lrs):
+        raise InputError(f"--lrs are {', '.join(map(str, config.lrs))}; expected positive numbers")
+    if config.resume and not (config.out and (Path(config.out) / "config.json").exists()):
+        raise InputError(f"--resume needs --out with the folder of an interrupted run, not {config.out or 'none'}")
     for name in ("lr", "pretrain_lr", "clip"):
         if not 0 < getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
@@ -163,7 +227,7 @@ def check(config):
         raise InputError("--llama needs --data, a text file to train on")
     if config.packed and not config.llama:
         raise InputError("--packed needs --llama: only its folders can be packed")
-    other = [m for m in config.methods if hestia.QUANTIZERS[m].settings.get("codebook", hestia.BINARY) == hestia.TWO_BIT
+    other = [m for m in config.methods if plots.quantizer(m).settings.get("codebook", hestia.BINARY) == hestia.TWO_BIT
              or m in ("dlt", "fairy2i", "fairy2i-hestia")]  # fmt: skip
     if config.packed and other:
         raise InputError(f"--packed holds ternary weights, not those of {', '.join(other)}")
@@ -346,13 +410,15 @@ def load_checkpoint(path):
 
 def check_out(config):
     folder = Path(config.out)
-    if config.out and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if config.out and not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--out {folder} already exists and is not an empty folder; name another, or remove it")
 
 
 def run_folder(config):
-    """A new folder for this run; one that already holds something is refused."""
+    """A new folder for this run; one that already holds something is refused, unless it is to be resumed."""
     check_out(config)
+    if config.resume:
+        return Path(config.out)
     if config.out:
         folder = Path(config.out)
     else:
@@ -433,9 +499,10 @@ class Reporter:
     """Prints log lines and writes log.jsonl as they come."""
 
     def __init__(self, folder, config):
-        self.file = open(folder / "log.jsonl", "w")  # noqa: SIM115, closed at the end of the run
-        pretraining = 0 if config.llama else config.pretrain_steps
-        self.steps = config.seeds * (pretraining + len(config.methods) * config.steps)
+        self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115, closed at the end of the run
+        pretraining, methods = 0 if config.llama else config.pretrain_steps, len(config.methods)
+        self.steps = config.seeds * (pretraining + methods * config.steps)
+        self.steps += bool(config.lrs) * (pretraining + methods * len(config.lrs) * config.steps)
         self.began, self.announced = time.perf_counter(), False
 
     def line(self, r, seed, method, total):
@@ -593,94 +660,193 @@ def restore(model, weights):
         model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
 
 
-def run_seed(config, seed, model, start, data, folder, reporter, snapshots):
-    """All runs of one seed. start: the weights to begin with, or None to train some. Returns {row: {"train", "val",
-    ...}} and the sensitivities."""
+class Study:
+    """What of a run is finished, in folder/state.json and folder/snapshots.npz: --resume goes on from there."""
+
+    def __init__(self, folder):
+        self.folder, self.path = folder, folder / "state.json"
+        self.tuning, self.seeds, self.snapshots = {}, {}, {"bins": BINS}
+        if self.path.exists():
+            state = json.loads(self.path.read_text())
+            self.tuning, self.seeds = state["tuning"], state["seeds"]
+            with np.load(folder / "snapshots.npz") as saved:
+                self.snapshots = dict(saved)
+
+    def save(self):
+        with whole(self.folder / "snapshots.npz") as aside, open(aside, "wb") as file:
+            np.savez_compressed(file, **self.snapshots)
+        save_json(self.path, {"tuning": self.tuning, "seeds": self.seeds})
+
+    def weights(self, seed):
+        """The full-precision weights of a seed, if they were finished."""
+        path = self.folder / f"pretrained-seed{seed}.pt"
+        return load_checkpoint(path).state_dict() if path.exists() else None
+
+
+def drop_unfinished(folder, study):
+    """Remove from log.jsonl the records of runs that will be run again."""
+
+    def finished(r):
+        if r["method"] == "pretrain":
+            return (folder / f"pretrained-seed{r['seed']}.pt").exists()
+        method, _, lr = r["method"].partition(" at ")
+        if lr:
+            return any(float(known) == float(lr) for known in study.tuning.get(method, {}))
+        return method in study.seeds.get(str(r["seed"]), {}).get("rows", {})
+
+    path = folder / "log.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    lines = [line for line in lines if line.endswith("\n") and finished(json.loads(line))]
+    with whole(path) as aside:
+        aside.write_text("".join(lines))
+
+
+def pretrained(config, seed, model, study, data, reporter, begin):
+    """The full-precision weights of a seed, in the model too: trained, or read where --resume finds them."""
+    torch.manual_seed(seed)
+    known = study.weights(seed)
+    restore(model, known or hestia.Llama(model.config).state_dict())
+    if known is None:
+        size = sum(p.numel() for p in model.parameters())
+        begin(f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
+        fast = torch.compile(model) if config.compile else model
+        train(config, fast, data, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
+        save_checkpoint(study.folder / f"pretrained-seed{seed}.pt", model)
+    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+
+
+def guidance(config, seed, model, data, folder, begin):
+    """({name: score} or None, what results.json says about them), at the weights that the model has."""
+    clock = time.perf_counter()
+    if not any(plots.quantizer(m).soft and "alpha" not in plots.quantizer(m).settings for m in config.methods):
+        return None, {"seconds": 0.0, "tensors": {}}
+    what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
+            "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
+            "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
+            "gradnorm": "norms of the gradient", "error": "relative errors of rounding to ternary"}  # fmt: skip
+    begin(f"sensitivities: {what[config.sensitivity]}")
+    found = sensitivities(config, model, data, seed, folder)
+    describe_sensitivities(found)
+    scores = hestia.sensitivity_scores(found, config.kappa)
+    tensors = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
+               for name, h in found.items()}  # fmt: skip
+    return scores, {"seconds": time.perf_counter() - clock, "tensors": tensors}
+
+
+def run_method(config, seed, method, lr, model, weights, scores, data, val, losses, reporter, name=None):
+    """One method from these weights: trained, hardened, evaluated. Returns its row, its Hestia and its Snapshots."""
+    fixed, loss_fn = plots.quantizer(method).settings, None
+    plain, (config, how) = config, variant(config, method)
+    if scores and config.samples != plain.samples:
+        restore(model, weights)
+        scores, _ = guidance(config, seed, model, data, Path(reporter.file.name).parent, print)
+    scores = changed_scores(scores, how, config.alpha, seed)
+    torch.manual_seed(seed)
+    if config.compile:  # each method compiles other graphs, and torch keeps eight for one piece of code
+        torch._dynamo.reset()
+    fast = torch.compile(model) if config.compile else model
+    if config.distill or "distill" in fixed:
+        restore(model, weights)
+        loss_fn = hestia.distillation(copy.deepcopy(model).requires_grad_(False))
+    restore(model, hestia.Llama(model.config).state_dict() if "scratch" in fixed else weights)
+    clock = time.perf_counter()
+    qat = hestia.Hestia(
+        model, config.steps, method=method.partition(":")[0], group_size=config.group_size or None, rho=config.rho,
+        alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
+        dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
+    )  # fmt: skip
+    watched = train(config, fast, data, seed, reporter, steps=config.steps, lr=lr, name=name or method, qat=qat,
+                    val=val, loss_fn=loss_fn)  # fmt: skip
+    qat.harden()
+    row = {"seconds": time.perf_counter() - clock, "lr": lr, "tau_init": qat.tau_init, **losses(model)}
+    if method != "full":
+        row |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat), "bits": bits_per_weight(qat)}
+    return row, qat, watched
+
+
+def tune(config, model, start, data, study, reporter):
+    """{method: the best of --lrs}, by the loss of the hard weights on the end of the training text, which no run here
+    trains on, and with a seed that is not reported."""
+    if not config.lrs:
+        return dict.fromkeys(config.methods, config.lr)
+    seed, cut = config.seed + 1000, round(0.975 * len(data))
+    text, held_out = data[:cut], excerpt(data[cut:], config)
+    begin = lambda what: print(f"[choosing learning rates, seed {seed}] {what}", flush=True)
+    losses = lambda model: {"tuning": hestia.evaluate(model, held_out.to(config.device), config.block_size)}
+    left = [(m, lr) for m in config.methods for lr in config.lrs if str(lr) not in study.tuning.get(m, {})]
+    if left:
+        weights = start or pretrained(config, seed, model, study, text, reporter, begin)
+        restore(model, weights)
+        scores, _ = guidance(config, seed, model, text, study.folder, begin)
+    for n, (method, lr) in enumerate(left):
+        begin(f"{n + 1}/{len(left)}: {plots.quantizer(method).label} at {lr:g}")
+        try:
+            row, *_ = run_method(config, seed, method, lr, model, weights, scores, text, None, losses, reporter,
+                                 name=f"{method} at {lr:g}")  # fmt: skip
+        except hestia.Diverged as error:
+            print(f"  {error}")
+            row = {"tuning": math.inf}
+        study.tuning.setdefault(method, {})[str(lr)] = row["tuning"]
+        study.save()
+    best = {m: min(config.lrs, key=lambda lr, m=m: study.tuning[m][str(lr)]) for m in config.methods}
+    print("learning rates: " + ", ".join(f"{m} {lr:g}" for m, lr in best.items()))
+    return best
+
+
+def run_seed(config, seed, model, start, data, study, rates, reporter):
+    """All runs of one seed that are not finished; every row goes to `study` as soon as it is there."""
     train_text, val_text = data
     samples = {"train": excerpt(train_text, config), "val": excerpt(val_text, config)}
-    losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
     if config.llama:
         samples = {k: text.to(config.device) for k, text in samples.items()}
-    torch.manual_seed(seed)
-    restore(model, start or hestia.Llama(model.config).state_dict())
-    fast = torch.compile(model) if config.compile else model
-    begin = lambda k, what: print(f"[seed {seed}, {k}/{2 + len(config.methods)}] {what}", flush=True)
-
-    size = sum(p.numel() for p in model.parameters())
+    losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
+    kept = study.seeds.setdefault(str(seed), {"rows": {}, "sensitivities": None})
+    rows = kept["rows"]
+    if all(m in rows for m in config.methods):
+        return
+    begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
     clock = time.perf_counter()
     if start:
-        begin(1, f"full precision: {size:,} parameters, as they are in {config.llama}")
-    else:
-        begin(1, f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
-        train(config, fast, train_text, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr,
-              name="pretrain")  # fmt: skip
-    rows = {"before": {"seconds": time.perf_counter() - clock, **losses(model)}}
-    weights = start or {name: t.detach().clone() for name, t in model.state_dict().items()}
+        begin(f"full precision: as it is in {config.llama}")
+        restore(model, start)
+    weights = start or pretrained(config, seed, model, study, train_text, reporter, begin)
+    if "untrained" not in rows:
+        rows["before"] = {"seconds": time.perf_counter() - clock, **losses(model)}
+        with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
+            rows["untrained"] = losses(model)
+        study.save()
+    scores, kept["sensitivities"] = guidance(config, seed, model, train_text, study.folder, begin)
 
-    found, scores, clock = {}, None, time.perf_counter()
-    if any(hestia.QUANTIZERS[m].soft and "alpha" not in hestia.QUANTIZERS[m].settings for m in config.methods):
-        what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
-                "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
-                "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
-                "gradnorm": "norms of the gradient", "error": "relative errors of rounding to ternary"}  # fmt: skip
-        begin(2, f"sensitivities: {what[config.sensitivity]}")
-        found = sensitivities(config, model, train_text, seed, folder)
-        describe_sensitivities(found)
-        scores = hestia.sensitivity_scores(found, config.kappa)
-    seconds = time.perf_counter() - clock
-
-    group_size = config.group_size or None
-    with hestia.Hestia(model, 1, method="absmean", group_size=group_size).hard():
-        rows["untrained"] = losses(model)
-
-    for k, method in enumerate(config.methods):
-        label, fixed = hestia.QUANTIZERS[method].label, hestia.QUANTIZERS[method].settings
-        begin(3 + k, f"{label}: {config.steps} steps")
-        torch.manual_seed(seed)
-        if config.compile:  # each method compiles other graphs, and torch keeps eight for one piece of code
-            torch._dynamo.reset()
-            fast = torch.compile(model)
-        loss_fn = None
-        if config.distill or "distill" in fixed:
-            restore(model, weights)
-            loss_fn = hestia.distillation(copy.deepcopy(model).requires_grad_(False))
-        restore(model, hestia.Llama(model.config).state_dict() if "scratch" in fixed else weights)
-        clock = time.perf_counter()
-        qat = hestia.Hestia(
-            model, config.steps, method=method, group_size=group_size, rho=config.rho,
-            alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
-            dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
-        )  # fmt: skip
-        watched = train(config, fast, train_text, seed, reporter, steps=config.steps, lr=config.lr, name=method,
-                        qat=qat, val=samples["val"][: 16 * config.block_size], loss_fn=loss_fn)  # fmt: skip
-        qat.harden()
-        rows[method] = {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init, **losses(model)}
-        if method != "full":
-            rows[method] |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat),
-                             "bits": bits_per_weight(qat)}  # fmt: skip
-        snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
-
+    for n, method in enumerate(config.methods):
+        if method in rows:
+            continue
+        begin(f"{n + 1}/{len(config.methods)}: {plots.quantizer(method).label}, {config.steps} steps")
+        row, qat, watched = run_method(config, seed, method, rates[method], model, weights, scores, train_text,
+                                       samples["val"][: 16 * config.block_size], losses, reporter)  # fmt: skip
         names = [] if method == "full" else list(qat.weights)
+        study.snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
         del qat, watched  # the memory of the method, before the model is read once more
-        for path in export(config, model, folder / f"{method}-seed{seed}", names):
+        file = re.sub("[:=,]+", "-", method) + f"-seed{seed}"
+        for path in export(variant(config, method)[0], model, study.folder / file, names):
             again = hestia.evaluate(reload(config, path), samples["val"], config.block_size)
-            if again != rows[method]["val"]:
-                raise RuntimeError(f"{path} reads back to a loss of {again}, not {rows[method]['val']}; it is wrong")
-    sens = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
-            for name, h in found.items()}  # fmt: skip
-    return rows, {"seconds": seconds, "tensors": sens}
+            if again != row["val"]:
+                raise RuntimeError(f"{path} reads back to a loss of {again}, not {row['val']}; it is wrong")
+        rows[method] = row
+        study.save()
 
 
 def export(config, model, path, quantized):
     """Write the hardened model; yields what was written: a torch file, or the folders that other software loads."""
     if not config.llama:
-        save_checkpoint(path.with_suffix(".pt"), model, quantized)
-        yield path.with_suffix(".pt")
+        save_checkpoint(file := path.with_name(path.name + ".pt"), model, quantized)
+        yield file
     elif quantized:
+        packed = path.with_name(path.name + "-packed")
+        for left in (path, packed) if config.resume else ():  # of a run that ended before it had compared them
+            shutil.rmtree(left, ignore_errors=True)
         hestia.save_llama(model, path)
         yield path
         if config.packed:
-            packed = path.with_name(path.name + "-packed")
             hestia.save_llama(model, packed, packed=True, group_size=config.group_size or None)
             yield packed
 
@@ -699,8 +865,8 @@ def expected_memory(config, model):
     rest = sum(p.numel() for p in model.parameters()) - n
     narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
     # what a method's graph keeps of each weight from relax to pull_back, in bytes, where it was measured
-    kept = {"absmean": 0, "full": 0, "hestia": 4, "hestia-no-hessian": 4, "fairy2i-hestia": 52}
-    graph = max(kept.get(method, 20) for method in config.methods)
+    saved = {"absmean": 0, "full": 0, "hestia": 4, "hestia-no-hessian": 4, "fairy2i-hestia": 52}
+    graph = max(saved.get(method.partition(":")[0], 20) for method in config.methods)
     weights = n * (4 + 8 + 4 + 4 + 4 + graph) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last
     tokens = config.batch_size // config.micro_batches * config.block_size
     layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
@@ -788,7 +954,7 @@ def print_table(config, table, file=None):
         head.append("perplexity")
     lines = [head]
     for row in table:
-        label = labels.get(row) or hestia.QUANTIZERS[row].label + (", continued" if row == "full" else "")
+        label = labels.get(row) or plots.quantizer(row).label + (", continued" if row == "full" else "")
         gaps = ["-" if row in labels else cell(row, f"gap_{split}", 0, 100) for split in ("train", "val")]
         gaps = [g if g == "-" else g + " %" for g in gaps]
         changed = cell(row, "changed_last_tenth", 2, 100)
@@ -804,8 +970,8 @@ def print_table(config, table, file=None):
         if line is head:
             print("-|-".join("-" * w for w in widths), file=file)
     for row in table:
-        if row not in labels and hestia.QUANTIZERS[row].extra:
-            print(f"{hestia.QUANTIZERS[row].label} also needs at inference: {hestia.QUANTIZERS[row].extra}", file=file)
+        if row not in labels and plots.quantizer(row).extra:
+            print(f"{plots.quantizer(row).label} also needs at inference: {plots.quantizer(row).extra}", file=file)
 
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees
@@ -830,7 +996,7 @@ def print_paired(config, per_seed):
     for other in ("absmean", "hestia"):
         if other not in per_seed[0] or len(per_seed) < 2:
             continue
-        print(f"minus {hestia.QUANTIZERS[other].label}, seed by seed, with 95 % intervals:")
+        print(f"minus {plots.quantizer(other).label}, seed by seed, with 95 % intervals:")
         for method in config.methods:
             if method in (other, "full"):
                 continue
@@ -838,7 +1004,7 @@ def print_paired(config, per_seed):
             for split, name in (("train", "train"), ("val", "validation")):
                 mean, half, _ = paired(per_seed, method, other, split)
                 text.append(f"{name} {mean:+.4f} ± {half:.4f}" + ("" if abs(mean) > half else " (no difference seen)"))
-            print(f"  {hestia.QUANTIZERS[method].label}: {', '.join(text)}")
+            print(f"  {plots.quantizer(method).label}: {', '.join(text)}")
 
 
 def write_something(config, model, seed, tokenizer=None, prompt=None):
@@ -868,12 +1034,20 @@ def run(config):
         print(expected_memory(config, model), flush=True)
         start = {name: t.detach() for name, t in model.state_dict().items()}
     train_text, val_text, facts = load_text(config, tokenizer)
+    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "resume"}, "data": facts}
+    if config.resume:
+        before = json.loads((Path(config.out) / "config.json").read_text())
+        now = json.loads(json.dumps(about))
+        changed = [k for k in now["config"] if now["config"][k] != before["config"].get(k)]
+        changed += [] if now["data"] == before["data"] else ["the text"]
+        if changed:
+            raise InputError(f"--resume: {', '.join(changed)} differ from the run in {config.out}; expected the same")
     folder = run_folder(config)
-    began = time.perf_counter()
+    began, study = time.perf_counter(), Study(folder)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     hardware = torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.processor() or "cpu"
-    about = {"config": dataclasses.asdict(config), "data": facts, "versions": versions,
-             "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
+    about |= {"versions": versions, "commit": commit(),
+              "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
     save_json(folder / "config.json", about)
     print(f"{facts['source']}: {len(train_text):,} + {len(val_text):,} {facts['unit']}, sha256 {facts['sha256'][:12]}")
     print(f"this run's folder: {folder}/")
@@ -882,19 +1056,21 @@ def run(config):
     print(f"{steps} steps read the text {passes:.2f} times"
           + ("; expect overfitting, and bring more text with --data" if passes > 3 else ""))  # fmt: skip
 
-    model = model or hestia.Llama(model_config(config)).to(config.device)
-    reporter, per_seed, snapshots, sens = Reporter(folder, config), [], {"bins": BINS}, []
-    for seed in range(config.seed, config.seed + config.seeds):
-        rows, s = run_seed(config, seed, model, start, (train_text, val_text), folder, reporter, snapshots)
-        per_seed.append(rows)
-        sens.append(s)
+    model = (model or hestia.Llama(model_config(config))).to(config.device)
+    if config.resume:
+        drop_unfinished(folder, study)
+    reporter, seeds = Reporter(folder, config), range(config.seed, config.seed + config.seeds)
+    rates = tune(config, model, start, train_text, study, reporter)
+    data = train_text[: round(0.975 * len(train_text))] if config.lrs else train_text, val_text
+    for seed in seeds:
+        run_seed(config, seed, model, start, data, study, rates, reporter)
     reporter.file.close()
-    with whole(folder / "snapshots.npz") as aside, open(aside, "wb") as file:
-        np.savez_compressed(file, **snapshots)
+    finished = [study.seeds[str(seed)] for seed in seeds]
+    per_seed = [{m: s["rows"][m] for m in ("before", "untrained", *config.methods)} for s in finished]
     table = summarize(config, per_seed)
     save_json(folder / "results.json", {
-        **about, "table": table, "per_seed": per_seed, "sensitivities": sens,
-        "seconds": time.perf_counter() - began,
+        **about, "table": table, "per_seed": per_seed, "sensitivities": [s["sensitivities"] for s in finished],
+        "tuning": study.tuning, "seconds": time.perf_counter() - began,
         "gpu_GiB": torch.cuda.max_memory_allocated() / 2**30 if config.device.startswith("cuda") else None,
     })  # fmt: skip
     with whole(folder / "overview.png") as aside:
@@ -908,16 +1084,26 @@ def run(config):
     quantized = [m for m in config.methods if m != "full"]
     if quantized:
         last = "hestia" if "hestia" in quantized else quantized[-1]
-        path = folder / (f"{last}-seed{config.seed}" + ("" if config.llama else ".pt"))
+        path = folder / (re.sub("[:=,]+", "-", last) + f"-seed{config.seed}" + ("" if config.llama else ".pt"))
         prompt = val_text[:16] if config.llama else None
         text = write_something(config, reload(config, path), config.seed, tokenizer, prompt)
         grid = [rows[last]["on_grid"] for rows in per_seed]
-        said = f"{100 * min(grid):g} % of {hestia.QUANTIZERS[last].label}'s weights lie on their group's grid. "
+        said = f"{100 * min(grid):g} % of {plots.quantizer(last).label}'s weights lie on their group's grid. "
         print(f"{said if None not in grid else ''}What {path} writes:\n\n{text}\n")
     if config.device.startswith("cuda"):
         print(f"At most {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB of GPU memory were in use.")
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
     return folder
+
+
+def commit():
+    """The commit of this code, if it is a clone; "+" where files differ from it."""
+    git = lambda *words: subprocess.run(["git", *words], cwd=Path(__file__).resolve().parent, capture_output=True,
+                                        text=True, check=True).stdout.strip()  # fmt: skip
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def main(arguments=None):
@@ -935,7 +1121,8 @@ def main(arguments=None):
         print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ntrain_tiny.py: interrupted; what was finished stays in the run's folder", file=sys.stderr)
+        print("\ntrain_tiny.py: interrupted; the same command with --out and the folder's name and --resume goes on "
+              "after the last finished method", file=sys.stderr)  # fmt: skip
         return 130
     return 0
 
