@@ -9,8 +9,9 @@ For every seed: a tiny Llama is trained in full precision on bytes of text; the 
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
 steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
 (one record per line), state.json (what is finished, for --resume), sensitivities.json, results.json, snapshots.npz,
-overview.png, the full-precision weights of each seed, and a checkpoint per method and seed. With --llama the weights come from a folder instead of the first training, the text goes through its tokenizer,
-the settings are the paper's unless said otherwise, and the checkpoints are Hugging Face folders.
+overview.png, the full-precision weights of each seed, and a checkpoint per method and seed. With --llama the weights
+come from a folder instead of the first training, the text goes through its tokenizer, the settings are the paper's
+unless said otherwise, and the checkpoints are Hugging Face folders.
 """
 
 import argparse
