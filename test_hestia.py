@@ -1933,6 +1933,9 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     (["--lrs", "1e-3", "0"], "--lrs are 0.001, 0.0; expected positive numbers"),
     (["--methods", "hestia:beta=1"], "method hestia:beta=1: expected settings such as alpha=0.6"),
     (["--methods", "hestia:scores=sorted"], "expected scores=shuffled or common"),
+    (["--methods", "absmean:alpha=0.6"], "method absmean:alpha=0.6: alpha changes nothing there"),
+    (["--methods", "hestia-no-hessian:alpha=0.6"], "alpha changes nothing there"),
+    (["--ablate", "rho", "--methods", "full"], "--ablate chooses the methods itself"),
     (["--methods", "hestia:rho=2"], "method hestia:rho=2: expected rho from 0 to 1"),
     (["--methods", "hestia:group_size=48"], "--group-size 48 does not divide"),
     (["--ablate", "everything"], "argument --ablate: invalid choice"),
@@ -2070,7 +2073,7 @@ def test_long_text_is_tokenized_in_pieces_as_in_one(tmp_path, capsys):
 
 
 def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, monkeypatch, capsys):
-    methods = ["full", "absmean", "hestia"]
+    methods = ["full", "absmean", "fairy2i"]
     arguments = ["--data", text, "--methods", *methods, "--lrs", "1e-3", "4e-3", "--seeds", "2", *TINY, "--steps", "5",
                  "--out"]  # fmt: skip
 
@@ -2106,11 +2109,17 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
     assert [{k: v for k, v in r.items() if k not in timing} for r in logs[0]] == [
         {k: v for k, v in r.items() if k not in timing} for r in logs[1]]  # fmt: skip
     with np.load(tmp_path / "undisturbed" / "snapshots.npz") as x, np.load(Path(out) / "snapshots.npz") as y:
-        assert set(x) == set(y) and all(np.array_equal(x[k], y[k]) for k in x)
+        assert set(x) == set(y)
+        for k in x:
+            np.testing.assert_array_equal(x[k], y[k])  # with NaN equal to NaN
     capsys.readouterr()
     assert run(out, "--resume", "--rho", "0.3", "--lrs", "1e-3") == 2
     assert "--resume: lrs, rho differ from the run in" in capsys.readouterr().err
     assert run(str(tmp_path / "nothing"), "--resume") == 2 and "--resume needs --out" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert run("other/../other/interrupted", "--resume") == 0  # the same folder by another name
+    (Path(out) / "state.json").write_text("{")
+    assert run(out, "--resume") == 2 and "state.json or snapshots.npz in" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])
@@ -2122,6 +2131,7 @@ def test_ablations(what, text, tmp_path):
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     rows = results["per_seed"][0]
     assert list(rows)[2:] == results["config"]["methods"] and len(rows) >= 7 and "commit" in results
+    assert "hestia" in rows and "absmean" in rows
     losses = [row["val"] for name, row in rows.items() if name.startswith("hestia")]
     assert len(set(losses)) == len(losses) or what == "samples"  # every variant did something else
 

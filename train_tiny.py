@@ -30,6 +30,7 @@ import sys
 import sysconfig
 import time
 import warnings
+import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,11 +108,13 @@ CHOICES["ablate"] = ("group", "hessian", "alpha", "rho", "bits", "samples")
 
 def ablation(config):
     """The methods of --ablate: Table 4, what the authors' rebuttal adds, and two controls for the Hessian's scores."""
-    of = lambda setting, *values: tuple(f"hestia:{setting}={value}" for value in values)
-    g = config.group_size or 64
+    usual = {"alpha": config.alpha, "rho": config.rho, "samples": config.samples}
+    of = lambda setting, *values: ("hestia", *(f"hestia:{setting}={v}" for v in values if v != usual.get(setting)))
+    g = config.group_size or math.gcd(config.hidden, config.intermediate)
+    sizes = [size for size in dict.fromkeys((0, g, g // 2)) if size != config.group_size]
     return ("full", "absmean") + {
-        "group": (*(f"{m}:group_size={size}" for m in ("absmean", "hestia") for size in (0, g, g // 2)),),
-        "hessian": ("hestia-no-hessian", "hestia", *of("scores", "shuffled", "common")),
+        "group": (*(f"absmean:group_size={s}" for s in sizes), "hestia", *(f"hestia:group_size={s}" for s in sizes)),
+        "hessian": ("hestia-no-hessian", *of("scores", "shuffled", "common")),
         "alpha": of("alpha", 0.6, 0.4, 0.2, 0.0, -0.2, -0.4, -0.6),
         "rho": of("rho", 0.0, 0.1, 0.2, 0.3, 0.5),
         "bits": ("int2", "hestia-binary", "hestia", "hestia-2bit"),
@@ -169,6 +172,11 @@ def variant(config, name):
     scores = values.pop("scores", "")
     if scores not in ("", "shuffled", "common") or values.get("samples", 2) < 2 or values.get("group_size", 0) < 0:
         raise InputError(f"method {name}: expected scores=shuffled or common, samples from 2, group_size from 0")
+    row = plots.quantizer(name)
+    idle = [key for key in settings if key in row.settings or (key != "group_size" and not row.soft)
+            or (key == "samples" and config.sensitivity in ("gradnorm", "error"))]  # fmt: skip
+    if idle:
+        raise InputError(f"method {name}: {', '.join(idle)} changes nothing there")
     return dataclasses.replace(config, **values), scores
 
 
@@ -189,7 +197,9 @@ def check(config):
     names = [name for given in config.methods for name in ([given] if ":" in given else given.split(",")) if name]
     config.methods = tuple(hestia.QUANTIZERS) if names == ["all"] else tuple(dict.fromkeys(names))
     if config.ablate:
-        config.methods = ablation(config)
+        if config.methods != Config.methods:
+            raise InputError("--ablate chooses the methods itself; expected no --methods beside it")
+        config.methods = names = ablation(config)
     unknown = [name for name in config.methods if name.partition(":")[0] not in hestia.QUANTIZERS]
     for name in (name for name in config.methods if ":" in name and not unknown):
         changed, _ = variant(config, name)
@@ -205,7 +215,7 @@ def check(config):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
     if config.samples < 2:
         raise InputError(f"--samples is {config.samples}; expected at least 2, for a standard error")
-    config.lrs = tuple(config.lrs)
+    config.lrs = tuple(dict.fromkeys(config.lrs))
     if not all(0 < lr < math.inf for lr in config.lrs):
         raise InputError(f"--lrs are {', '.join(map(str, config.lrs))}; expected positive numbers")
     if config.resume and not (config.out and (Path(config.out) / "config.json").exists()):
@@ -312,7 +322,8 @@ def load_text(config, tokenizer=None):
     else:
         val = as_tokens(held_out)
     unit = "bytes" if tokenizer is None else "tokens"
-    if min(len(train), len(val)) <= config.block_size + 1:
+    shortest = round(0.025 * len(train)) if len(config.lrs) > 1 else len(train)  # a part is kept for choosing rates
+    if min(shortest, len(val)) <= config.block_size + 1:
         raise InputError(f"{source} has {len(train)} {unit} to train on and {len(val)} held out; expected more than "
                          f"{config.block_size + 1} of each for blocks of {config.block_size}")  # fmt: skip
     facts |= {"unit": unit, f"train_{unit}": len(train), f"val_{unit}": len(val)}
@@ -559,7 +570,7 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
             val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn,
         )  # fmt: skip
     except hestia.Diverged as error:
-        path = Path(reporter.file.name).parent / f"last-good-{name}-seed{seed}.pt"
+        path = Path(reporter.file.name).parent / f"last-good-{re.sub('[:=, ]+', '-', name)}-seed{seed}.pt"
         with whole(path) as aside:
             torch.save({"config": dataclasses.asdict(plain.config_now()), **good}, aside)
         raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
@@ -569,8 +580,9 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
 def sensitivities(config, model, tokens, seed, folder):
     """What --sensitivity asks for, at the full-precision weights and on calibration text of the training split.
 
-    Returns {name: TraceEstimate, or float} and leaves it in folder/sensitivities.json. If this run, or one in a folder
-    beside it, has found it before for the same weights, text and settings, it is taken from there.
+    Returns {name: TraceEstimate, or float} and the seconds it took, and leaves both in folder/sensitivities.json. If
+    this run, or one in a folder beside it, has found it before for the same weights, text and settings, it is taken
+    from there.
     """
     length = min(config.block_size, 512) if config.llama else config.block_size
     sequences = max(config.calibration, -(-512 // length))
@@ -599,7 +611,7 @@ def sensitivities(config, model, tokens, seed, folder):
         found = {name: h._asdict() if isinstance(h, tuple) else {"value": h} for name, h in found.items()}
         entry = {"settings": settings, "seconds": time.perf_counter() - clock, "tensors": found}
     save_json(folder / "sensitivities.json", {**read_sensitivities(folder), key: entry})
-    return {name: as_estimate(h) for name, h in entry["tensors"].items()}
+    return {name: as_estimate(h) for name, h in entry["tensors"].items()}, entry["seconds"]
 
 
 def as_estimate(h):
@@ -611,7 +623,7 @@ def read_sensitivities(folder):
     try:
         known = json.loads((folder / "sensitivities.json").read_text())
         for entry in known.values():
-            list(map(as_estimate, entry["tensors"].values()))
+            list(map(as_estimate, [*entry["tensors"].values(), {"value": entry["seconds"]}]))
         return known
     except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return {}
@@ -668,10 +680,14 @@ class Study:
         self.folder, self.path = folder, folder / "state.json"
         self.tuning, self.seeds, self.snapshots = {}, {}, {"bins": BINS}
         if self.path.exists():
-            state = json.loads(self.path.read_text())
-            self.tuning, self.seeds = state["tuning"], state["seeds"]
-            with np.load(folder / "snapshots.npz") as saved:
-                self.snapshots = dict(saved)
+            try:
+                state = json.loads(self.path.read_text())
+                self.tuning, self.seeds = state["tuning"], state["seeds"]
+                with np.load(folder / "snapshots.npz") as saved:
+                    self.snapshots = dict(saved)
+            except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+                raise InputError(f"--resume: state.json or snapshots.npz in {folder} cannot be read ({error}); start "
+                                 "anew with another --out") from None  # fmt: skip
 
     def save(self):
         with whole(self.folder / "snapshots.npz") as aside, open(aside, "wb") as file:
@@ -718,7 +734,6 @@ def pretrained(config, seed, model, study, data, reporter, begin):
 
 def guidance(config, seed, model, data, folder, begin):
     """({name: score} or None, what results.json says about them), at the weights that the model has."""
-    clock = time.perf_counter()
     if not any(plots.quantizer(m).soft and "alpha" not in plots.quantizer(m).settings for m in config.methods):
         return None, {"seconds": 0.0, "tensors": {}}
     what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
@@ -726,12 +741,12 @@ def guidance(config, seed, model, data, folder, begin):
             "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
             "gradnorm": "norms of the gradient", "error": "relative errors of rounding to ternary"}  # fmt: skip
     begin(f"sensitivities: {what[config.sensitivity]}")
-    found = sensitivities(config, model, data, seed, folder)
+    found, seconds = sensitivities(config, model, data, seed, folder)
     describe_sensitivities(found)
     scores = hestia.sensitivity_scores(found, config.kappa)
     tensors = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
                for name, h in found.items()}  # fmt: skip
-    return scores, {"seconds": time.perf_counter() - clock, "tensors": tensors}
+    return scores, {"seconds": seconds, "tensors": tensors}
 
 
 def run_method(config, seed, method, lr, model, weights, scores, data, val, losses, reporter, name=None):
@@ -768,8 +783,8 @@ def run_method(config, seed, method, lr, model, weights, scores, data, val, loss
 def tune(config, model, start, data, study, reporter):
     """{method: the best of --lrs}, by the loss of the hard weights on the end of the training text, which no run here
     trains on, and with a seed that is not reported."""
-    if not config.lrs:
-        return dict.fromkeys(config.methods, config.lr)
+    if len(config.lrs) < 2:
+        return dict.fromkeys(config.methods, (config.lrs or (config.lr,))[0])
     seed, cut = config.seed + 1000, round(0.975 * len(data))
     text, held_out = data[:cut], excerpt(data[cut:], config)
     begin = lambda what: print(f"[choosing learning rates, seed {seed}] {what}", flush=True)
@@ -790,7 +805,11 @@ def tune(config, model, start, data, study, reporter):
         study.tuning.setdefault(method, {})[str(lr)] = row["tuning"]
         study.save()
     best = {m: min(config.lrs, key=lambda lr, m=m: study.tuning[m][str(lr)]) for m in config.methods}
-    print("learning rates: " + ", ".join(f"{m} {lr:g}" for m, lr in best.items()))
+    hopeless = [m for m, lr in best.items() if study.tuning[m][str(lr)] == math.inf]
+    if hopeless:
+        raise InputError(f"--lrs: {', '.join(hopeless)} diverged at every rate; expected smaller ones")
+    edge = lambda lr: " (at the edge of --lrs)" if lr in (min(config.lrs), max(config.lrs)) else ""
+    print("learning rates: " + ", ".join(f"{m} {lr:g}{edge(lr)}" for m, lr in best.items()))
     return best
 
 
@@ -978,6 +997,15 @@ def print_table(config, table, file=None):
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees
 
 
+def t_95(degrees):
+    """Beyond ten degrees 1.96 + 2.4 / degrees + 3 / degrees^2, which is good to 0.01.
+
+    >>> [round(t_95(d), 2) for d in (4, 11, 30)]
+    [2.78, 2.2, 2.04]
+    """
+    return T_95[degrees - 1] if degrees <= len(T_95) else 1.96 + 2.4 / degrees + 3 / degrees**2
+
+
 def paired(per_seed, method, other, split):
     """(mean, half width of its 95 % interval, standard deviation) of method minus other, seed by seed: the batches are
     shared, so their noise cancels.
@@ -988,7 +1016,7 @@ def paired(per_seed, method, other, split):
     """
     gaps = [rows[method][split] - rows[other][split] for rows in per_seed]
     spread = float(np.std(gaps, ddof=1))
-    half = (T_95[len(gaps) - 2] if len(gaps) - 2 < len(T_95) else 2.0) * spread / len(gaps) ** 0.5
+    half = t_95(len(gaps) - 1) * spread / len(gaps) ** 0.5
     return float(np.mean(gaps)), half, spread
 
 
@@ -1030,26 +1058,26 @@ def run(config):
             read_text(name, path) if path else None
         model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the weights to start from stay
         model.checkpointing, c = config.checkpointing, model.config
-        check_groups(config, c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)
+        for method in config.methods:
+            widths = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
+            check_groups(variant(config, method)[0], *widths)
         check_tokenizer(tokenizer, model, config.llama)
         print(expected_memory(config, model), flush=True)
         start = {name: t.detach() for name, t in model.state_dict().items()}
     train_text, val_text, facts = load_text(config, tokenizer)
     about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "resume"}, "data": facts}
-    if config.resume:
-        before = json.loads((Path(config.out) / "config.json").read_text())
-        now = json.loads(json.dumps(about))
-        changed = [k for k in now["config"] if now["config"][k] != before["config"].get(k)]
-        changed += [] if now["data"] == before["data"] else ["the text"]
-        if changed:
-            raise InputError(f"--resume: {', '.join(changed)} differ from the run in {config.out}; expected the same")
+    sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
     began, study = time.perf_counter(), Study(folder)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    hardware = torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.processor() or "cpu"
+    cuda = config.device.startswith("cuda")
+    hardware = torch.cuda.get_device_name(config.device) if cuda else platform.processor() or "cpu"
     about |= {"versions": versions, "commit": commit(),
               "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
-    save_json(folder / "config.json", about)
+    sessions.append({key: about[key] for key in ("versions", "commit", "hardware")})
+    if sessions[0] != sessions[-1]:
+        print("  note: this session's versions, commit or hardware differ from the first one's; results.json has both")
+    save_json(folder / "config.json", {**about, "sessions": sessions})
     print(f"{facts['source']}: {len(train_text):,} + {len(val_text):,} {facts['unit']}, sha256 {facts['sha256'][:12]}")
     print(f"this run's folder: {folder}/")
     steps = config.steps + (0 if config.llama else config.pretrain_steps)
@@ -1070,9 +1098,10 @@ def run(config):
     per_seed = [{m: s["rows"][m] for m in ("before", "untrained", *config.methods)} for s in finished]
     table = summarize(config, per_seed)
     save_json(folder / "results.json", {
-        **about, "table": table, "per_seed": per_seed, "sensitivities": [s["sensitivities"] for s in finished],
-        "tuning": study.tuning, "seconds": time.perf_counter() - began,
-        "gpu_GiB": torch.cuda.max_memory_allocated() / 2**30 if config.device.startswith("cuda") else None,
+        **about, "sessions": sessions, "table": table, "per_seed": per_seed,
+        "sensitivities": [s["sensitivities"] for s in finished],
+        "tuning": study.tuning, "seconds_of_last_session": time.perf_counter() - began,
+        "gpu_GiB": torch.cuda.max_memory_allocated(config.device) / 2**30 if cuda else None,
     })  # fmt: skip
     with whole(folder / "overview.png") as aside:
         plots.overview(folder).savefig(aside, format="png", dpi=150)
@@ -1089,12 +1118,29 @@ def run(config):
         prompt = val_text[:16] if config.llama else None
         text = write_something(config, reload(config, path), config.seed, tokenizer, prompt)
         grid = [rows[last]["on_grid"] for rows in per_seed]
-        said = f"{100 * min(grid):g} % of {plots.quantizer(last).label}'s weights lie on their group's grid. "
-        print(f"{said if None not in grid else ''}What {path} writes:\n\n{text}\n")
+        if None not in grid:
+            print(f"{100 * min(grid):g} % of {plots.quantizer(last).label}'s weights lie on their group's grid.")
+        print(f"What {path} writes:\n\n{text}\n")
     if config.device.startswith("cuda"):
         print(f"At most {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB of GPU memory were in use.")
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
     return folder
+
+
+def same_as_before(config, about):
+    """The sessions that an interrupted run had; refuses to go on with other settings or another text."""
+    path = Path(config.out) / "config.json"
+    try:
+        before = json.loads(path.read_text())
+        was, sessions = {**before["config"], "out": config.out}, before["sessions"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(f"--resume: {path} cannot be read ({error}); start anew with another --out") from None
+    now = json.loads(json.dumps(about))
+    changed = [key for key in now["config"] if now["config"][key] != was.get(key)]
+    changed += [] if now["data"] == before["data"] else ["the text"]
+    if changed:
+        raise InputError(f"--resume: {', '.join(changed)} differ from the run in {config.out}; expected the same")
+    return sessions
 
 
 def commit():

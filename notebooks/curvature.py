@@ -1,6 +1,6 @@
 """The study behind notebook 03: how well, and at what cost, do the estimators find the traces of a small trained Llama?
 
-    python notebooks/curvature.py            # about 15 minutes on two cores; --fast: a smaller model, under a minute
+    python notebooks/curvature.py            # about 15 minutes on a CPU core; --fast: a smaller model, under a minute
     python notebooks/curvature.py --cost 1b  # time and memory at the shapes of Llama-3.2-1B (or 3b), on a GPU
 
 Everything is compared with the exact Hessian in float64, built column by column. What it measures goes to
