@@ -758,8 +758,6 @@ def run_method(config, seed, method, lr, model, weights, scores, data, val, loss
         scores, _ = guidance(config, seed, model, data, Path(reporter.file.name).parent, print)
     scores = changed_scores(scores, how, config.alpha, seed)
     torch.manual_seed(seed)
-    if config.compile:  # each method compiles other graphs, and torch keeps eight for one piece of code
-        torch._dynamo.reset()
     fast = torch.compile(model) if config.compile else model
     if config.distill or "distill" in fixed:
         restore(model, weights)
@@ -1050,12 +1048,17 @@ def run(config):
     """The whole experiment. Returns the run's folder."""
     check(config)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
+    if config.compile:  # every method is another graph, and torch would stop compiling one piece of code after eight
+        from torch._dynamo import config as dynamo  # loads much, so only here
+
+        dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1000, 10000
     model = tokenizer = start = None
     if config.llama:
         check_out(config)
         tokenizer = load_tokenizer(config)
         for name, path in (("--data", config.data), ("--val-data", config.val_data)):
-            read_text(name, path) if path else None
+            if path:  # refuse it before the weights are read
+                read_text(name, path)
         model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the weights to start from stay
         model.checkpointing, c = config.checkpointing, model.config
         for method in config.methods:
