@@ -831,7 +831,7 @@ class Hestia:
             raise RuntimeError("pull_back() needs the effective weights of this step; call relax(t) before the forward")
         shown = (*self.weights.values(), *self.biases.values())
         got = [(effective, x) for effective, x in zip(self.graph, shown) if x.grad is not None]
-        trained = [*self.latents.values(), *(x for own in self.own.values() for x in own.values() if x.requires_grad)]
+        trained = [*self.latents.values(), *self._learned()]
         self.graph = None
         grads = [None] * len(trained)
         if got:
@@ -912,6 +912,7 @@ class Hestia:
         return {name: halves(z).view_as(self.latents[name]) for name, z in rows.items()}
 
     def _learned(self):
+        """What a method trains beside the latents, such as scales."""
         return [x for own in self.own.values() for x in own.values() if x.requires_grad]
 
     def parameters(self):
