@@ -1939,6 +1939,7 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     (["--methods", "hestia:rho=2"], "method hestia:rho=2: expected rho from 0 to 1"),
     (["--methods", "hestia:group_size=48"], "--group-size 48 does not divide"),
     (["--ablate", "everything"], "argument --ablate: invalid choice"),
+    (["--val-data", "x"], "--val-data needs --data"),
     (["--packed"], "--packed needs --llama"),
     (["--sensitivity", "guess"], "argument --sensitivity: invalid choice: 'guess'"),
     (["--preset", "huge"], "argument --preset: invalid choice"),
@@ -2118,8 +2119,12 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
     assert run(str(tmp_path / "nothing"), "--resume") == 2 and "--resume needs --out" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert run("other/../other/interrupted", "--resume") == 0  # the same folder by another name
-    (Path(out) / "state.json").write_text("{")
-    assert run(out, "--resume") == 2 and "state.json or snapshots.npz in" in capsys.readouterr().err
+    for broken in ("{", "[]", '{"tuning": {}, "seeds": {"0": {}}}', '{"tuning": {"full": 3}, "seeds": {}}'):
+        (Path(out) / "state.json").write_text(broken)
+        assert run(out, "--resume") == 2 and "state.json or snapshots.npz in" in capsys.readouterr().err
+    for broken in ("{", "[]", '{"config": {}}', '{"config": {}, "data": {}, "sessions": 3}'):
+        (Path(out) / "config.json").write_text(broken)
+        assert run(out, "--resume") == 2 and "config.json cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])

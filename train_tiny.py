@@ -100,10 +100,8 @@ class Config:
 CHOICES = {
     "clip_at": ("effective", "latent"),
     "sensitivity": ("hutchpp", "joint", "fisher", "gradnorm", "error"),
+    "ablate": ("group", "hessian", "alpha", "rho", "bits", "samples"),
 }
-
-
-CHOICES["ablate"] = ("group", "hessian", "alpha", "rho", "bits", "samples")
 
 
 def ablation(config):
@@ -236,6 +234,8 @@ def check(config):
         raise InputError(f"--batch-size {config.batch_size} does not split into {config.micro_batches} micro-batches")
     if config.llama and not config.data:
         raise InputError("--llama needs --data, a text file to train on")
+    if config.val_data and not config.data:
+        raise InputError("--val-data needs --data: the default text has its own held-out part")
     if config.packed and not config.llama:
         raise InputError("--packed needs --llama: only its folders can be packed")
     other = [m for m in config.methods if plots.quantizer(m).settings.get("codebook", hestia.BINARY) == hestia.TWO_BIT
@@ -682,10 +682,12 @@ class Study:
         if self.path.exists():
             try:
                 state = json.loads(self.path.read_text())
-                self.tuning, self.seeds = state["tuning"], state["seeds"]
+                self.tuning = {method: dict(losses) for method, losses in state["tuning"].items()}
+                self.seeds = {seed: {"rows": dict(entry["rows"]), "sensitivities": entry["sensitivities"]}
+                              for seed, entry in state["seeds"].items()}  # fmt: skip
                 with np.load(folder / "snapshots.npz") as saved:
                     self.snapshots = dict(saved)
-            except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
                 raise InputError(f"--resume: state.json or snapshots.npz in {folder} cannot be read ({error}); start "
                                  "anew with another --out") from None  # fmt: skip
 
@@ -1135,12 +1137,12 @@ def same_as_before(config, about):
     path = Path(config.out) / "config.json"
     try:
         before = json.loads(path.read_text())
-        was, sessions = {**before["config"], "out": config.out}, before["sessions"]
+        was, text, sessions = {**before["config"], "out": config.out}, before["data"], [*before["sessions"]]
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise InputError(f"--resume: {path} cannot be read ({error}); start anew with another --out") from None
     now = json.loads(json.dumps(about))
     changed = [key for key in now["config"] if now["config"][key] != was.get(key)]
-    changed += [] if now["data"] == before["data"] else ["the text"]
+    changed += [] if now["data"] == text else ["the text"]
     if changed:
         raise InputError(f"--resume: {', '.join(changed)} differ from the run in {config.out}; expected the same")
     return sessions
