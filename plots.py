@@ -13,6 +13,7 @@ import json
 import re
 import sys
 import textwrap
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -27,8 +28,9 @@ import hestia
 # furniture: colours, panels, titles
 
 # colour-blind safe (Okabe-Ito), and each with a dash and a marker of its own, so that greyscale still tells them apart
-BLACK, ORANGE, SKY, GREEN, BLUE, RED, PINK = "#000000 #E69F00 #56B4E9 #009E73 #0072B2 #D55E00 #CC79A7".split()
-GREY, DOTS = "#777777", (0, (1, 2))
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, RED, PINK, GREY = "#0072B2", "#D55E00", "#CC79A7", "#777777"
+DOTS = (0, (1, 2))
 STYLE = {
     "full": {"color": BLACK, "linestyle": "-", "marker": "D"},
     "absmean": {"color": RED, "linestyle": "--", "marker": "s"},
@@ -82,7 +84,7 @@ def band(ax, x, values, look):
 def finish(ax, title, xlabel="", ylabel="", legend=None, inches=None, **legend_options):
     """A title on the left, broken where the panel ends (after `inches`); labels with units; the legend's place."""
     inches = inches or ax.get_position().width * ax.figure.get_figwidth()
-    title = re.sub(r" (?=[%γ=±])|(?<=[=±]) ", "\N{NO-BREAK SPACE}", title)
+    title = re.sub(r" (?=[%γT=±>])|(?<=[=±>]) ", "\N{NO-BREAK SPACE}", title)
     ax.set_title("\n".join(textwrap.wrap(title, max(20, int(12.5 * inches)))), fontsize=10.5, loc="left")
     ax.set(**{key: text for key, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
     ax.spines[["top", "right"]].set_visible(False)
@@ -117,6 +119,7 @@ def short(name):
     return re.sub(r"^model\.layers\.|self_attn\.|mlp\.", "", name)
 
 
+CODES = (("−1", ORANGE, "//"), ("0", GREY, ""), ("+1", BLUE, "\\\\"))
 UNIT = torch.ones(1, 1, dtype=torch.float64)  # gamma = 1: a weight is its z = w / gamma
 
 
@@ -230,13 +233,14 @@ def staircase(taus=(1.0, 0.5, 0.2, 0.05), axes=None):
         for (label, y), color, dash in zip(lines.items(), (SKY, GREEN, BLUE, BLACK, PINK), (":", "-.", "--", "-", ":")):
             ax.plot(z, y, label=label, color=color, linestyle=dash)
         z_axis(ax)
-    away, peak = ([float(f) for f in found] for found in (
-        [(h - hard).abs().mean() for h in H.values()], [s.max() for s in slopes.values()]))  # fmt: skip
+    away = [float((h - hard).abs().mean()) for h in H.values()]
+    peak = [(float(s.max()), abs(float(z[s.argmax()]))) for s in slopes.values()]
     finish(top, f"From τ = {taus[0]:g} to {taus[-1]:g}, H's mean distance from rounding goes from {away[0]:.2f} γ to "
            f"{away[-1]:.2f} γ", ylabel="effective weight / γ", legend="upper left")  # fmt: skip
-    finish(below, f"The slope of H is its own: at most {peak[0]:.1f} at τ = {taus[0]:g}, {peak[-1]:.0f} at τ = "
-           f"{taus[-1]:g}, at the boundaries", ylabel="slope")  # fmt: skip
-    below.set_ylim(0, min(1.05 * max(peak), 3.2))
+    said = [f"{most:.1f} at |w| = {at:.1f} γ for τ = {tau:g}" for (most, at), tau in zip(peak, taus)]
+    finish(below, f"H's own slope is largest, {said[0]}, {said[-1]}", ylabel="slope")
+    top.set_xlabel("")
+    below.set_ylim(0, min(1.05 * max(peak)[0], 3.2))
     return top.figure
 
 
@@ -245,17 +249,18 @@ def pi_curves(taus=(1.0, 0.35, 0.1), axes=None):
     axes, z = panels(axes, len(taus), (3.2 * len(taus), 3.5), sharey=True), z_line(1.5)
     for ax, tau in zip(axes, taus):
         pi = hestia.assignment_probs(z, tau, scale=UNIT)
-        curves(ax, z, {"code −1": pi[:, 0], "code 0": pi[:, 1], "code +1": pi[:, 2]}, linewidth=1.8)
+        for share, (code, color, _), dash in zip(pi.T, CODES, ("--", "-", "-.")):
+            ax.plot(z, share, label=f"code {code}", color=color, linestyle=dash, linewidth=2)
         z_axis(ax)
         sure = float((pi.max(1).values > 0.95).double().mean())
-        finish(ax, f"τ = {tau:g}: {percent(sure)} of this axis is sure of its code (π > 0.95)")
+        finish(ax, f"τ = {tau:g}: sure of its code (π > 0.95) on {percent(sure)} of the axis")
     axes[0].set_ylabel("share π of a code")
     axes[-1].legend(loc="center left", fontsize=8.5, edgecolor="none")
     return axes[0].figure
 
 
 def dead_zone_line(dw=0.15, tau=0.35, ax=None):
-    """Eq. (6): an update of dw, in units of gamma: where on the line of weights Q notices it, and what H makes of it."""
+    """Eq. (6): an update of dw, in units of gamma: where on the line of weights Q notices, and what H does."""
     (ax,) = panels(ax, 1, (8, 3.6))
     z, w, H = z_line(1.75), gaussian_weights(), lambda x: hestia.soft_quantize(x, tau, scale=UNIT)
     moved, dead = H(z + dw) - H(z), hestia.dead_zone(z, dw, scale=UNIT).numpy()
@@ -266,12 +271,13 @@ def dead_zone_line(dw=0.15, tau=0.35, ax=None):
     ax.axhline(dw, color=BLACK, linestyle=":", label="the update itself")
     z_axis(ax)
     ax.set(xlim=(-1.75, 1.75), ylim=(low - 0.18 * (high - low), high + 0.35 * (high - low)))
-    for middle, code in ((-1.12, "−1"), (0, "0"), (1.12, "+1")):
+    for middle, (code, _, _) in zip((-1.12, 0, 1.12), CODES):
         ax.text(middle, low - 0.09 * (high - low), f"code {code}", ha="center", va="center", fontsize=9)
     alive = 1 - float(hestia.dead_zone(w, dw, scale=UNIT).double().mean())
     felt = float(((H(w + dw) - H(w)).abs() >= 0.05 * abs(dw)).double().mean())
-    return finish(ax, f"An update of {dw:g} γ changes Q for {percent(alive)} of Gaussian weights; H passes on 5 % of it or "
-                  f"more for {percent(felt)}", ylabel="change of the output / γ", legend="upper center", ncols=3)  # fmt: skip
+    title = f"An update of {dw:g} γ changes Q for {percent(alive)} of Gaussian weights; "
+    title += f"H passes on 5 % of it or more for {percent(felt)}"
+    return finish(ax, title, ylabel="change of the output / γ", legend="upper center", ncols=3)
 
 
 def jacobians(methods=None, tau=0.35, ax=None):
@@ -292,16 +298,18 @@ def jacobians(methods=None, tau=0.35, ax=None):
         if names is None:
             found.append((slope, names := []))
         names.append(f"{row.label}, τ = {tau:g}" if row.soft else row.label)
+    looks = iter(LOOKS[1:])
     for k, (slope, names) in enumerate(found):  # the first lines are thick: those above leave them visible
+        look = STYLE["hestia"] if "τ" in names[0] else next(looks)
         ax.plot(z[shown], slope, label=textwrap.fill(", ".join(names), 26), linewidth=max(1.2, 3.6 - 0.5 * k),
-                **{**LOOKS[(k + 1) % 7], "marker": ""})  # fmt: skip
+                **{**look, "marker": ""})  # fmt: skip
     slopes = torch.stack([slope for slope, _ in found])
     spread = slopes.max(0).values - slopes.min(0).values
     ax.axvline(0.5, color=GREY, linewidth=0.8, linestyle=DOTS)
     pretend = sum(len(names) for slope, names in found if (slope == 1).all())
-    return finish(ax, f"{pretend} of {len(methods)} methods take the slope for 1 on this axis; the {len(found)} curves lie "
-                  f"furthest apart at |w| = {float(z[shown][spread.argmax()]):.2f} γ", "|w| / γ (the slopes are even)",
-                  "dW_eff/dW", "center left", bbox_to_anchor=(1, 0.5))  # fmt: skip
+    title = (f"{pretend} of {len(methods)} methods take the slope for 1 on this axis; the {len(found)} curves are "
+             f"furthest apart at |w| = {float(z[shown][spread.argmax()]):.2f} γ")  # fmt: skip
+    return finish(ax, title, "|w| / γ (the slopes are even)", "dW_eff/dW", "center left", bbox_to_anchor=(1, 0.5))
 
 
 TEST_FUNCTIONS = {  # of w / gamma
@@ -314,7 +322,7 @@ TEST_FUNCTIONS = {  # of w / gamma
 def lemma_4_2(taus=(0.3, 0.1, 0.03, 0.01), axes=None):
     """Lemma 4.2: the Jacobian becomes two spikes, and its integral against a smooth f becomes gamma (f(-gamma/2) +
     f(gamma/2)); gamma = 1 here. Two panels; the numbers are in the legends."""
-    left, right = panels(axes, 2, (10, 4.2))
+    left, right = panels(axes, 2, (9.6, 4.2))
     z, half = z_line(8.0, 800_001), torch.tensor([-0.5, 0.5], dtype=torch.float64)
     slopes = [hestia.soft_quantize_jacobian(z, tau, scale=UNIT) for tau in taus]
     near = (z.abs() < 1.25).nonzero().flatten()[::50]
@@ -330,8 +338,8 @@ def lemma_4_2(taus=(0.3, 0.1, 0.03, 0.01), axes=None):
         right.loglog(taus, [abs(x - limit) for x in found], **look,
                      label=f"f = {name}: {found[0]:.4f} … {found[-1]:.4f}, limit {limit:.4f}")  # fmt: skip
         worst = max(worst, abs(found[-1] / limit - 1))
-    finish(right, f"At τ = {taus[-1]:g} the integrals are within {100 * worst:.2g} % of f(−½) + f(½)", "temperature τ",
-           "|∫ (dH/dw) f dw − f(−½) − f(½)|", "upper left")  # fmt: skip
+    title = f"At τ = {taus[-1]:g} the integrals are within {100 * worst:.2g} % of f(−½) + f(½)"
+    finish(right, title, "temperature τ", "|∫ (dH/dw) f dw − f(−½) − f(½)|", "upper left")
     low, high = right.get_ylim()
     right.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
     return left.figure
@@ -356,8 +364,9 @@ def mse_against_tau(weights=None, ax=None, group_size=None):
                 label=f"{who}: {error(tau):.4f} at τ = {tau:.4f}")  # fmt: skip
     ax.set_xticks([0.05, 0.1, 0.2, 0.5, 1, 2], ["0.05", "0.1", "0.2", "0.5", "1", "2"])
     ax.xaxis.set_minor_formatter(NullFormatter())
-    return finish(ax, f"For {what} H is closest to W at τ = {best:.3f}; at Table 5's 0.3 the error is "
-                  f"{percent(error(0.3) / error(best) - 1)} higher", "temperature τ", "mean (W − H)² / γ²", "upper center")  # fmt: skip
+    more = percent(error(0.3) / error(best) - 1)
+    return finish(ax, f"For {what} H is closest to W at τ = {best:.3f}; at Table 5's 0.3 the error is {more} higher",
+                  "temperature τ", "mean (W − H)² / γ²", "upper center")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -386,7 +395,7 @@ def schedules(config, scores, ax=None, tau_init=0.35):
     high, low = tau(ordered[-1][1])[0], tau(ordered[0][1])[0]
     title = "All tensors cool alike" if high == low else (
         f"The most sensitive tensor is {percent(abs(high / low - 1))} {'warmer' if high > low else 'colder'} than the "
-        "least sensitive one")  # fmt: skip
+        "least sensitive")  # fmt: skip
     ax.set_ylim(-0.024 * max(high, low), 1.2 * max(high, low, tau_init))
     finish(ax, title, "step of quantization-aware training", "temperature τ, units of γ", "upper right",
            bbox_to_anchor=(1, 0.83))  # fmt: skip
@@ -395,27 +404,31 @@ def schedules(config, scores, ax=None, tau_init=0.35):
 
 def alpha_rho_kappa(axes=None):
     """What alpha, rho and kappa each do: to a sensitive tensor's temperature, to every tensor's, to the scores."""
-    left, middle, right = panels(axes, 3, (11.5, 3.8))
+    left, middle, right = panels(axes, 3, (9.6, 3.9))
     t, tau_init, decades = np.linspace(0, 1, 301), 0.35, np.linspace(-2, 2, 81)
     tau = {a: [hestia.temperature(x, 1, 0.2, tau_init, 0.9, a) for x in t] for a in (0.6, 0.4, 0.2, 0.0, -0.4)}
     base = {r: [hestia.base_temperature(x, 1, r, tau_init) for x in t] for r in (0.0, 0.1, 0.2, 0.3, 0.5)}
     score = {k: [*hestia.sensitivity_scores({x: 10.0**x for x in decades}, k).values()] for k in (0.25, 0.5, 1, 2, 4)}
-    for ax, x, symbol, lines in ((left, t, "α", tau), (middle, t, "ρ", base), (right, decades, "κ", score)):
-        curves(ax, x / x.std() if ax is right else x, {f"{symbol} = {v:g}".replace("-", "−"): y for v, y in lines.items()})
+    standard = decades / decades.std()
+    for ax, x, symbol, lines in ((left, t, "α", tau), (middle, t, "ρ", base), (right, standard, "κ", score)):
+        curves(ax, x, {f"{symbol} = {v:g}".replace("-", "−"): y for v, y in lines.items()})
     halved = {r: t[np.array(y) < tau_init / 2][0] for r, y in base.items()}
-    finish(left, f"α: a tensor with s = 0.9 starts {percent(tau[0.4][0] / tau_init - 1)} warmer at 0.4, "
-           f"{percent(1 - tau[-0.4][0] / tau_init)} colder at −0.4", "t / T", "temperature τ, units of γ", "upper right")  # fmt: skip
+    warmer, colder = percent(tau[0.4][0] / tau_init - 1), percent(1 - tau[-0.4][0] / tau_init)
+    finish(left, f"α: a tensor with s = 0.9 starts {warmer} warmer at 0.4, {colder} colder at −0.4", "t / T",
+           "temperature τ, units of γ", "upper right")  # fmt: skip
     finish(middle, f"ρ: τ is halved at {halved[0.0]:.2f} T for ρ = 0, at {halved[0.5]:.2f} T for 0.5", "t / T",
            "base temperature τ, units of γ", "lower left")  # fmt: skip
-    finish(right, f"κ: scores reach from {score[1][0]:.2f} to {score[1][-1]:.2f} at 1, from {score[4][0]:.2f} to "
-           f"{score[4][-1]:.2f} at 4", "(log h − μ) / σ of the trace h", "sensitivity score s", "upper left")  # fmt: skip
+    span = {k: f"{s[0]:.2f} to {s[-1]:.2f}" for k, s in score.items()}
+    finish(right, f"κ: these scores span {span[1]} at 1, {span[4]} at 4", "(log h − μ) / σ of the trace h",
+           "sensitivity score s", "upper left")  # fmt: skip
     return left.figure
 
 
 def hutchpp_error(curvature, ax=None):
     """Error of the traces against products, for each estimator. curvature: of notebooks/results/curvature.json."""
     (ax,) = panels(ax, 1, (6.8, 4.2))
-    curve = {name: {int(n): point["rms"] for n, point in points.items()} for name, points in curvature["curves"].items()}
+    curve = {name: {int(n): point["rms"] for n, point in points.items()}
+             for name, points in curvature["curves"].items()}  # fmt: skip
     for look, (name, points) in zip(LOOKS, curve.items()):
         n = sorted(points)
         median, low, high = ([points[x][key] for x in n] for key in ("median", "q25", "q75"))
@@ -431,12 +444,12 @@ def hutchpp_error(curvature, ax=None):
     word = f"{ratio:.1f} times less than" if ratio > 1 else f"{1 / ratio:.1f} times more than"
     return finish(ax, f"At {budget:,} products (dotted) Hutch++ errs {word} Hutchinson",
                   "Hessian-vector products, all tensors together",
-                  f"relative error, rms over tensors\n(median and quartiles of {seeds} seeds)", "lower left")  # fmt: skip
+                  f"relative error, rms over tensors\n(median, quartiles of {seeds} seeds)", "lower left")  # fmt: skip
 
 
 def with_traces(tensors, key):
     if not tensors or any(key not in t for t in tensors.values()):
-        raise ValueError(f"there are no sensitivities with a {key}; python train_tiny.py --sensitivity hutchpp makes them")
+        raise ValueError(f"no sensitivities have a {key}; python train_tiny.py --sensitivity hutchpp makes them")
     return tensors
 
 
@@ -445,8 +458,8 @@ def trace_heatmap(tensors, ax=None):
 
     tensors: {name: {value, stderr, flagged, score}}, as in a results.json under "sensitivities".
     """
-    spots = {name: (re.search(r"\d+(?=\.)", name) or "-", name.rpartition(".")[2]) for name in with_traces(tensors, "value")}
-    spots = {name: (layer if layer == "-" else int(layer[0]), kind) for name, (layer, kind) in spots.items()}
+    layer = lambda name: int((re.search(r"\d+(?=\.)", name) or [0])[0])
+    spots = {name: (layer(name), name.rpartition(".")[2]) for name in with_traces(tensors, "value")}
     rows, columns = (list(dict.fromkeys(spot[k] for spot in spots.values())) for k in (0, 1))
     (ax,) = panels(ax, 1, (1.6 + 0.85 * len(columns), 1.7 + 0.42 * len(rows)))
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -472,18 +485,21 @@ def trace_heatmap(tensors, ax=None):
 
 
 def score_errors(tensors, kappa=1.0, ax=None):
-    """Each score with its standard error: half of what Eq. (13) makes of its trace plus and minus one standard error."""
+    """Each score with its standard error: half of what Eq. (13) makes of its trace plus and minus an error."""
     (ax,) = panels(ax, 1, (6.6, 1.5 + 0.17 * len(with_traces(tensors, "stderr"))))
     traces = {name: hestia.TraceEstimate(t["value"], t["stderr"], t["flagged"], 0) for name, t in tensors.items()}
-    scores = hestia.sensitivity_scores(traces, kappa)
-    moved = lambda name, by: hestia.sensitivity_scores(
-        {**traces, name: traces[name]._replace(value=traces[name].value + by)}, kappa)[name]  # fmt: skip
-    error = {name: abs(moved(name, h.stderr) - moved(name, -h.stderr)) / 2 for name, h in traces.items()}
+    moved = lambda name, h: hestia.sensitivity_scores({**traces, name: h}, kappa)[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of traces lost in their error, which the figure marks
+        scores = hestia.sensitivity_scores(traces, kappa)
+        ends = {name: [moved(name, h._replace(value=h.value + side * h.stderr)) for side in (-1, 1)]
+                for name, h in traces.items()}  # fmt: skip
+    error = {name: abs(high - low) / 2 for name, (low, high) in ends.items()}
     names = sorted(scores, key=scores.get)
     for lost, marker, color in ((False, "o", BLUE), (True, "x", RED)):
         rows = [k for k, name in enumerate(names) if traces[name].flagged == lost]
-        ax.errorbar([scores[names[k]] for k in rows], rows, xerr=[error[names[k]] for k in rows], fmt=marker, color=color,
-                    capsize=3, markersize=4, label="trace lost in its error" if lost else None)  # fmt: skip
+        ax.errorbar([scores[names[k]] for k in rows], rows, xerr=[error[names[k]] for k in rows], fmt=marker,
+                    color=color, capsize=3, markersize=4, label="lost in its error" if lost else None)  # fmt: skip
     overlap = sum(scores[b] - scores[a] < np.hypot(error[a], error[b]) for a, b in zip(names, names[1:]))
     ax.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
     ax.set_xlim(0, 1)
@@ -553,8 +569,9 @@ def loss_curves(runs, ax=None, key="loss"):
             ax.set_ylim(-0.15 * max(tops), 1.5 * max(tops))  # the first steps of a hard quantizer tower above the rest
     best, worst = (choose(late, key=late.get, default=None) for choose in (min, max))
     title = f"In the last quarter {best} costs {late[best]:.3f} nats" if late else "Nothing here was quantized"
-    return finish(ax, title + (f", {worst} {late[worst]:.3f}" if len(late) > 1 else ""), STEP,
-                  "nats per byte above full precision" if paired else "nats per byte", "upper right" if late else None)  # fmt: skip
+    title += f", {worst} {late[worst]:.3f}" if len(late) > 1 else ""
+    ylabel = "nats per byte above full precision" if paired else "nats per byte"
+    return finish(ax, title, STEP, ylabel, "upper right" if late else None)
 
 
 def felt_curves(run, ax=None):
@@ -583,8 +600,8 @@ def watched_tensor(run, tensor):
 def draw_histogram(ax, now, start, bins):
     """Bars of w / gamma, each code's bin in a look of its own, and the outline of how it started. Returns the bars."""
     middle, bars = (bins[1:] + bins[:-1]) / 2, []
-    for code, color, hatch in ((-1, ORANGE, "//"), (0, GREY, ""), (1, BLUE, "\\\\")):
-        these = np.clip(np.round(middle), -1, 1) == code
+    for code, color, hatch in CODES:
+        these = np.clip(np.round(middle), -1, 1) == float(code.replace("−", "-"))
         bars += ax.bar(middle[these], 100 * now[these], width=bins[1] - bins[0], color=color, alpha=0.75, hatch=hatch,
                        edgecolor="white", linewidth=0)  # fmt: skip
     ax.stairs(100 * start, bins, color=BLACK, linewidth=1, label="before")
@@ -594,27 +611,33 @@ def draw_histogram(ax, now, start, bins):
 
 
 def histograms(run, tensor=-1, axes=None):
-    """A watched tensor's weights, w / gamma, before and after training by AbsMean STE and by HESTIA. tensor: which of the
-    three that the run watched. "Before" is after the first step."""
+    """A watched tensor's weights, w / gamma, before and after training by AbsMean STE and by HESTIA.
+
+    tensor: which of the three that the run watched. "Before" is after the first step.
+    """
     name, bins, found = watched_tensor(run, tensor)
     axes = panels(axes, len(found), (4.8 * len(found), 4), sharey=True)
     near = abs(abs((bins[1:] + bins[:-1]) / 2) - 0.5) < 0.1
     for ax, (method, (_, hist)) in zip(axes, found.items()):
         draw_histogram(ax, hist[-1], hist[0], bins)
         before, after = hist[0, near].sum(), hist[-1, near].sum()
-        finish(ax, f"{quantizer(method).label} {'empties' if after < before else 'fills'} the boundaries: {percent(before)} of "
-               f"the weights within 0.1 γ of one before, {percent(after)} after", f"latent weight w / γ of {short(name)}",
-               legend="upper right")  # fmt: skip
+        title = f"{quantizer(method).label} {'empties' if after < before else 'fills'} the boundaries: "
+        title += f"within 0.1 γ of one lie {percent(before)} of the weights before, {percent(after)} after"
+        finish(ax, title, f"latent weight w / γ of {short(name)}", legend="upper right")
     axes[0].set_ylabel(f"weights per bin of {bins[1] - bins[0]:.2g} γ, %")
     return axes[0].figure
 
 
 def gradient_norms(run, axes=None):
     """Norm of the gradient of all that is trained, with dL/dW_eff and with dL/dW for the quantized weights, against the
-    base temperature at that step, while it falls (the STE has none: the same steps). Were weights spread evenly about
-    the boundaries, dL/dW would grow like tau^(-1/2): the share within tau of one is tau, the slope there 1 / (2 tau)."""
+    base temperature at that step, while it falls (the STE has none: the same steps).
+
+    Were weights spread evenly about the boundaries, dL/dW would grow like tau^(-1/2): of them a share of order tau lies
+    within tau of a boundary, where the slope is 1 / (2 tau).
+    """
     c, _, tau_init = guidance(read_results(run))
-    axes, snapshots = panels(axes, 2, (9.8, 4.2), sharey=True), read_snapshots(run)
+    snapshots = read_snapshots(run)
+    axes = panels(axes, 2, (9.6, 4.2), sharey=True)
     for ax, key, what in zip(axes, ("grad_norm", "grad_norm_latent"), ("dL/dW_eff", "dL/dW, latents")):
         for method, (step, norm) in along(snapshots, ("absmean", "hestia-no-hessian", "hestia"), key).items():
             cooling = step > c["rho"] * c["steps"]
@@ -634,8 +657,8 @@ def gradient_norms(run, axes=None):
 
 
 def animation(run, path, tensor=-1, seconds=6):
-    """A GIF: a watched tensor's weights move while the function that the forward pass applies to them hardens, STE beside
-    HESTIA. 880 pixels wide; written whole or not at all. Returns the path."""
+    """A GIF, 880 pixels wide: a watched tensor's weights move while the function that the forward pass applies to them
+    hardens, STE beside HESTIA. Written whole or not at all. Returns the path."""
     from PIL import Image  # comes with matplotlib
 
     from train_tiny import whole
@@ -643,7 +666,7 @@ def animation(run, path, tensor=-1, seconds=6):
     name, bins, found = watched_tensor(run, tensor)
     felt = along(read_snapshots(run), found, "felt")
     config, scores, tau_init = guidance(read_results(run))
-    T, rho, frames = config["steps"], config["rho"], 10 * seconds
+    T, rho, frames = config["steps"], config["rho"], max(2, round(10 * seconds))
     tau = lambda t: hestia.temperature(t, T, rho, tau_init, scores.get(name, 0.0), config["alpha"])
     fig = plt.figure(figsize=(8.8, 4.6), dpi=100)
     grid = fig.add_gridspec(2, len(found), height_ratios=(4.4, 1), hspace=0.42, wspace=0.12, left=0.05, right=0.92,
@@ -652,7 +675,7 @@ def animation(run, path, tensor=-1, seconds=6):
     for k, (method, (steps, hist)) in enumerate(found.items()):
         ax = fig.add_subplot(grid[0, k])
         bars = draw_histogram(ax, hist[0], hist[0], bins)
-        ax.set(ylim=(0, 135 * max(h.max() for _, h in found.values())), yticks=[], ylabel="" if k else "share of weights")
+        ax.set(ylim=(0, 135 * max(h.max() for _, h in found.values())), yticks=[], ylabel="" if k else "bars: weights")
         ax.set_xlabel(f"latent weight w / γ of {short(name)}", labelpad=1)
         right = ax.twinx()
         right.set(ylim=(-1.35, 1.35), yticks=(-1, 0, 1))
@@ -676,11 +699,12 @@ def animation(run, path, tensor=-1, seconds=6):
             for bar, heights in zip(bars, hist.T):
                 bar.set_height(100 * np.interp(step, steps, heights))
             soft = is_soft(method)
-            curve.set_ydata(hestia.effective_weight(z, tau(step), p, scale=UNIT) if soft else hestia.quantize(z, scale=UNIT))
+            seen = hestia.effective_weight(z, tau(step), p, scale=UNIT) if soft else hestia.quantize(z, scale=UNIT)
+            curve.set_ydata(seen)
             state = f"τ = {tau(step):.2f}, p = {p:.2f}" if soft else "rounding from the first step"
             share = percent(np.interp(step, felt[method][0], felt[method][1].mean(0)))
-            ax.set_title(f"{quantizer(method).label}: {state}\nforward pass feels {share} of the weights move", fontsize=11,
-                         loc="left")  # fmt: skip
+            title = f"{quantizer(method).label}: {state}\nthe forward pass feels {share} of the weights move"
+            ax.set_title(title, fontsize=11, loc="left")
         fig.canvas.draw()
         rgb = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
         pictures.append(rgb.quantize(64, dither=Image.Dither.NONE))
@@ -714,23 +738,24 @@ def clear(mean, half, seeds):
 
 
 def forest(ax, rows, text, title, xlabel, reach=None):
-    """A line for each {label: (look, mean, half width, [numbers of the seeds])}: mean and interval, the seeds as small
-    rings, the mean in words at the right. What lies beyond `reach`, or ten times the median, is an arrow at the edge."""
+    """A line for each {label: (look, mean, half width, [numbers of the seeds])}: mean and interval, seeds as rings, the
+    mean in words at the right. What lies beyond `reach` (ten times the median) is an arrow at the edge."""
     (ax,) = panels(ax, 1, (8, 1.5 + 0.38 * len(rows)))
     means = np.array([mean for _, mean, _, _ in rows.values()])
-    reach = reach or 10 * np.median(abs(means[means != 0])) if means.any() else 1.0
+    reach = reach or 10 * np.median([abs(mean) + half for _, mean, half, _ in rows.values()])
+    ax.axvline(0, color=GREY, linewidth=1)
     for k, (look, mean, half, seeds) in enumerate(rows.values()):
         look = {**look, "linestyle": "none", "label": None}
         if abs(mean) > reach:
             ax.plot(np.sign(mean) * reach, k, **{**look, "marker": "<>"[mean > 0]}, clip_on=False)
         else:
             ax.errorbar(mean, k, xerr=half or None, capsize=4, markersize=7, elinewidth=1.5, **look)
-            ax.plot(seeds, [k + 0.27] * len(seeds), "o", color=look["color"], markersize=3.5, fillstyle="none")
+            rings = seeds if len(seeds) > 1 else []
+            ax.plot(rings, [k + 0.27] * len(rings), "o", color=look["color"], markersize=3.5, fillstyle="none")
         words = text(mean, half) if any(seeds) else "reference"
         ax.annotate(words, (1.02, k), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     low, high = ax.get_xlim()
-    ax.set_xlim(max(low, -reach), min(high, reach))
-    ax.axvline(0, color=GREY, linewidth=1)
+    ax.set_xlim(-reach if means.min() < -reach else low, reach if means.max() > reach else high)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.6)
     inches = ax.get_position().width * ax.figure.get_figwidth() / 0.8 - 1.5 - 0.075 * max(map(len, rows))
@@ -743,12 +768,13 @@ def gap_recovered(results, split="train", ax=None):
     table, rows, key = results["table"], results["per_seed"], f"gap_{split}"
     methods = [m for m in table if m not in ("before", "untrained", "full", "absmean")]
     if "absmean" not in table or not methods:
-        raise ValueError("there is no absmean to compare with; python train_tiny.py --methods full absmean hestia makes it")
+        raise ValueError("no absmean to compare with; python train_tiny.py --methods full absmean hestia runs it")
     gap = all(key in table[m] for m in methods)
     found = {m: (100 * table[m][key][0], 100 * (table[m][key][1] or 0), [100 * row[m][key] for row in rows])
              for m in methods} if gap else differences(results, methods, "absmean", split)  # fmt: skip
     order = sorted(methods, key=lambda m: found[m][0], reverse=gap)
-    text = (lambda mean, half: f"{mean:.0f}{f' ± {half:.0f}' if half else ''} %".replace("-", "−")) if gap else signed
+    rounded = lambda mean, half: f"{mean:.0f}".replace("-", "−") + (f" ± {half:.0f} %" if half else " %")
+    text = rounded if gap else signed
     best, (mean, half, seeds) = quantizer(order[0]).label, found[order[0]]
     said = f"{text(mean, half)} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
     if gap:
@@ -761,6 +787,7 @@ def gap_recovered(results, split="train", ax=None):
     ax = forest(ax, drawn, text, title, label, reach=110 if gap else None)
     if gap:
         ax.axvline(100, color=BLACK, linewidth=1)
+        ax.set_xlim(ax.get_xlim()[0], max(105, ax.get_xlim()[1]))
     return ax
 
 
@@ -808,7 +835,8 @@ def loss_against_lr(results, ax=None):
         raise ValueError("no learning rates were chosen; python train_tiny.py --lrs 5e-4 1e-3 2e-3 does")
     (ax,) = panels(ax, 1, (8.8, max(4.0, 0.6 + 0.2 * len(losses))))
     for k, (method, rates) in enumerate(losses.items()):
-        ax.plot(rates.keys(), rates.values(), markersize=5, linewidth=2.4 if method in STYLE else 1.2, **style(method, k))
+        width = 2.4 if method in STYLE else 1.2
+        ax.plot(rates.keys(), rates.values(), markersize=5, linewidth=width, **style(method, k))
     rates, best = sorted({lr for r in losses.values() for lr in r}), {m: min(r, key=r.get) for m, r in losses.items()}
     low, high = np.quantile([x for r in losses.values() for x in r.values()], (0, 0.85))
     if ax.get_ylim()[1] > low + 3 * (high - low):
@@ -833,14 +861,15 @@ def controls(results, split="train", ax=None):
     rows = [m for m in CONTROLS if m in results["table"]]
     others = [m for m in rows if m != "hestia"]
     if "hestia" not in rows or not any(":" in m for m in others):
-        raise ValueError("no scores were shuffled or made equal; python train_tiny.py --ablate hessian --seeds 3 does it")
-    against, apart = "absmean" if "absmean" in results["table"] else "hestia", differences(results, others, "hestia", split)
+        raise ValueError("no scores were shuffled or made equal; python train_tiny.py --ablate hessian --seeds 3 does")
+    against = "absmean" if "absmean" in results["table"] else "hestia"
+    apart = differences(results, others, "hestia", split)
     looks = {m: STYLE.get(m, LOOKS[2 + k]) for k, m in enumerate(rows)}
     drawn = {CONTROLS[m]: (looks[m], *d) for m, d in differences(results, rows, against, split).items()}
     said = [f"{CONTROLS[m]} is clearly {'worse' if apart[m][0] > 0 else 'better'} than HESTIA ({signed(*apart[m][:2])})"
             for m in others if clear(*apart[m])]  # fmt: skip
     title = "; ".join(said) or "No control differs clearly from HESTIA: the Hessian's ranking shows nothing"
-    title = title if len(results["per_seed"]) > 1 else "One seed: no interval, nothing to be said of the Hessian's ranking"
+    title = title if len(results["per_seed"]) > 1 else "One seed, no interval: it does not show what the ranking does"
     return forest(ax, drawn, signed, title, f"{SPLITS[split]} loss minus {quantizer(against).label}'s, nats")
 
 
@@ -849,7 +878,7 @@ def overview(folder):
     results, runs = read_results(folder), read_log(folder)
     methods = [m for m in results["config"]["methods"] if m in results["table"]]
     table = {m: results["table"][m] for m in methods}
-    fig = plt.figure(figsize=(10, 5.2 + 0.35 * len(methods)), layout="constrained")
+    fig = plt.figure(figsize=(9.6, 5.2 + 0.35 * len(methods)), layout="constrained")
     grid = fig.add_gridspec(2, 2, height_ratios=(3.6, 0.9 + 0.35 * len(methods)))
     left, right, below = (fig.add_subplot(spot) for spot in (grid[0, 0], grid[0, 1], grid[1, :]))
     loss_curves(runs, left)
@@ -858,17 +887,18 @@ def overview(folder):
         schedules(config, scores, right, tau_init)
     else:
         right.set_axis_off()
-        right.set_title("None of these methods has a temperature", fontsize=10.5, loc="left")
+        right.set_title("None of these methods has a temperature", fontsize=10.5)
     for split, offset, fill in (("train", -0.13, "full"), ("val", 0.13, "none")):
         for k, method in enumerate(methods):
             mean, spread = table[method][split]
-            below.errorbar(mean, k + offset, xerr=spread, marker="os"[split == "val"], color=style(method, k)["color"],
-                           capsize=3, fillstyle=fill, linestyle="none", label=None if k else f"{SPLITS[split]} text")  # fmt: skip
+            look = {"color": style(method, k)["color"], "marker": "os"[split == "val"], "fillstyle": fill}
+            below.errorbar(mean, k + offset, xerr=spread, capsize=3, linestyle="none", **look,
+                           label=None if k else f"{SPLITS[split]} text")  # fmt: skip
     below.set_yticks(range(len(methods)), [quantizer(m).label for m in methods])
     below.invert_yaxis()
     best = min((m for m in methods if m != "full"), key=lambda m: table[m]["val"][0], default="full")
-    finish(below, f"Lowest on validation text among the quantized: {quantizer(best).label}", "nats per byte, hard weights",
-           legend="best")  # fmt: skip
+    title = f"Lowest on validation text among the quantized: {quantizer(best).label}"
+    finish(below, title if best != "full" else "At the end", "nats per byte, hard weights", legend="best")
     return fig
 
 
@@ -884,18 +914,18 @@ def of_study(draw, name):
     return lambda run: draw(read_json(RESULTS / name, STUDIES[name]))
 
 
-def of_ablation(draw):
-    """From the run, if it varies what the figure asks for; else from the study."""
+def of_either(draw, name):
+    """From the run, if it has what the figure asks for; else from the study."""
 
-    def either(run):
+    def drawn(run):
         try:
-            return draw(read_results(run))
+            return draw(read_results(run) if run else {"table": {}, "config": {}, "per_seed": []})
         except ValueError:
-            if not (RESULTS / "ablations.json").exists():
+            if not (RESULTS / name).exists():
                 raise
-        return draw(read_results(RESULTS / "ablations.json"))
+        return draw(read_results(RESULTS / name))
 
-    return either
+    return drawn
 
 
 def run_schedules(results):
@@ -915,8 +945,8 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "alpha_rho_kappa": (lambda run: alpha_rho_kappa(), "what the three settings do to schedules and scores", ""),
     "schedules": (of_run(run_schedules), "pressure and temperatures of a run (Fig. 2)", RUN),
     "hutchpp_error": (of_study(hutchpp_error, "curvature.json"), "error of the traces against products", CURVATURE),
-    "sensitivity_against": (of_study(sensitivity_against, "curvature.json"), "traces against other measures", CURVATURE),
-    "trace_heatmap": (of_run(lambda r: trace_heatmap(first_sensitivities(r))), "Hessian traces, layer by projection", RUN),
+    "sensitivity_against": (of_study(sensitivity_against, "curvature.json"), "traces against other signs", CURVATURE),
+    "trace_heatmap": (of_run(lambda r: trace_heatmap(first_sensitivities(r))), "traces, layer by projection", RUN),
     "score_errors": (of_run(lambda r: score_errors(first_sensitivities(r), r["config"]["kappa"])),
                      "sensitivity scores with their errors", RUN),
     "loss_curves": (lambda run: loss_curves(read_log(run)), "training loss above full precision", RUN),
@@ -927,19 +957,13 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "overview": (overview, "loss curves, schedules and final losses of a run", RUN),
     "gap_recovered": (of_run(gap_recovered), "the gap to full precision that each method recovers", RUN),
     "table1": (of_study(gap_recovered, "table1.json"), "the same for every method, after a choice of rates", TABLE),
-    "loss_against_lr": (of_study(loss_against_lr, "table1.json"), "loss against the peak learning rate", TABLE),
-    "controls": (of_ablation(controls), "does the Hessian's ranking matter?", ABLATED.format("hessian")),
-    **{f"loss_against_{s}": (of_ablation(lambda results, s=s: loss_against(results, s)),
+    "loss_against_lr": (of_either(loss_against_lr, "table1.json"), "loss against the peak learning rate",
+                        f"a run with --lrs, or {TABLE}"),
+    "controls": (of_either(controls, "ablations.json"), "does the Hessian's ranking matter", ABLATED.format("hessian")),
+    **{f"loss_against_{s}": (of_either(lambda r, s=s: loss_against(r, s), "ablations.json"),
                              f"loss with another {s}, minus plain HESTIA's", ABLATED.format(s.removesuffix("_size")))
        for s in (*SETTINGS, "bits")},
 }  # fmt: skip
-
-
-def newest_run():
-    finished = sorted(Path("out").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
-    if not finished:
-        raise ValueError("there is no finished run under out/; make one with python train_tiny.py")
-    return finished[-1].parent
 
 
 def save(name, run, folder):
@@ -947,7 +971,10 @@ def save(name, run, folder):
     from train_tiny import whole
 
     draw, _, needs = FIGURES[name]
-    run = Path(run) if run else newest_run() if "run" in needs else None
+    finished = sorted(Path("out").glob("*/results.json"), key=lambda path: path.stat().st_mtime)
+    if needs == RUN and not (run or finished):
+        raise ValueError("there is no finished run under out/; make one with python train_tiny.py")
+    run = None if "run" not in needs else Path(run) if run else finished[-1].parent if finished else None
     folder = Path(folder or run or "out")
     drawn = draw(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -961,10 +988,11 @@ def save(name, run, folder):
 
 
 def main(arguments=None):
-    names = "\n".join(f"  {name:24}{about}" + f"; needs {needs}" * bool(needs) for name, (_, about, needs) in FIGURES.items())
+    line = lambda name, about, needs: f"  {name:24}{about}" + f"; needs {needs}" * bool(needs)
+    names = "\n".join(line(name, *row[1:]) for name, row in FIGURES.items())
     parser = argparse.ArgumentParser(description="Draw a figure, or all.", epilog=f"figures:\n{names}",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("name", nargs="?", metavar="NAME", help="one of those below, or all [overview, if --run is given]")
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one of those below, or all")
     parser.add_argument("--run", help="a folder that train_tiny.py wrote [the newest finished one under out/]")
     parser.add_argument("--save", metavar="DIR", help="where to [the run's folder, or out/ where no run is needed]")
     given = parser.parse_args(arguments)
