@@ -84,13 +84,14 @@ def band(ax, x, values, look):
 def finish(ax, title, xlabel="", ylabel="", legend=None, inches=None, **legend_options):
     """A title on the left, broken where the panel ends (after `inches`); labels with units; the legend's place."""
     inches = inches or ax.get_position().width * ax.figure.get_figwidth()
+    title = re.sub(r"(?<![\d.])-(?=\d)", "−", title)
     title = re.sub(r" (?=[%γT=±>])|(?<=[=±>]) ", "\N{NO-BREAK SPACE}", title)
     ax.set_title("\n".join(textwrap.wrap(title, max(20, int(12.5 * inches)))), fontsize=10.5, loc="left")
     ax.set(**{key: text for key, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
     if legend:
-        ax.legend(loc=legend, **{"fontsize": 8.5, "edgecolor": "none", "framealpha": 0.85, **legend_options})
+        ax.legend(loc=legend, fontsize=8.5, edgecolor="none", framealpha=0.85, labelspacing=0.3, **legend_options)
     return ax
 
 
@@ -104,9 +105,11 @@ def z_axis(ax):
 def percent(x):
     """A share in words, with one digit more where it is small.
 
-    >>> percent(0.7634), percent(0.0031), percent(0.0)
-    ('76 %', '0.3 %', '0 %')
+    >>> percent(0.7634), percent(0.0031), percent(0.0), percent(2e-6)
+    ('76 %', '0.3 %', '0 %', 'under 0.1 %')
     """
+    if 0 < x < 0.0005:
+        return "under 0.1 %"
     return f"{100 * x:.0f} %" if x == 0 or abs(x) >= 0.0995 else f"{100 * x:.1f} %"
 
 
@@ -204,12 +207,12 @@ def is_soft(method):
 
 
 def guidance(results):
-    """(configuration, {tensor: score} of the first seed, tau_init) of a run with a soft method."""
+    """What `schedules` takes, of a run with a soft method: its configuration, the first seed's scores, tau_init."""
     soft = next((m for m in ("hestia", *results["table"]) if m in results["table"] and is_soft(m)), None)
     if not soft:
         raise ValueError("none of these methods has a temperature; python train_tiny.py --methods absmean hestia does")
     scores = {name: t["score"] for name, t in first_sensitivities(results).items()} or {"every tensor": 0.0}
-    return results["config"], scores, results["table"][soft]["tau_init"][0]
+    return {"config": results["config"], "scores": scores, "tau_init": results["table"][soft]["tau_init"][0]}
 
 
 def first_sensitivities(results):
@@ -300,7 +303,7 @@ def jacobians(methods=None, tau=0.35, ax=None):
         names.append(f"{row.label}, τ = {tau:g}" if row.soft else row.label)
     looks = iter(LOOKS[1:])
     for k, (slope, names) in enumerate(found):  # the first lines are thick: those above leave them visible
-        look = STYLE["hestia"] if "τ" in names[0] else next(looks)
+        look = STYLE["hestia"] if f"HESTIA, τ = {tau:g}" in names else next(looks)
         ax.plot(z[shown], slope, label=textwrap.fill(", ".join(names), 26), linewidth=max(1.2, 3.6 - 0.5 * k),
                 **{**look, "marker": ""})  # fmt: skip
     slopes = torch.stack([slope for slope, _ in found])
@@ -310,13 +313,6 @@ def jacobians(methods=None, tau=0.35, ax=None):
     title = (f"{pretend} of {len(methods)} methods take the slope for 1 on this axis; the {len(found)} curves are "
              f"furthest apart at |w| = {float(z[shown][spread.argmax()]):.2f} γ")  # fmt: skip
     return finish(ax, title, "|w| / γ (the slopes are even)", "dW_eff/dW", "center left", bbox_to_anchor=(1, 0.5))
-
-
-TEST_FUNCTIONS = {  # of w / gamma
-    "exp(−w²)": lambda z: torch.exp(-z * z),
-    "1/(1+w²)": lambda z: 1 / (1 + z * z),
-    "cos 2w": lambda z: torch.cos(2 * z),
-}
 
 
 def lemma_4_2(taus=(0.3, 0.1, 0.03, 0.01), axes=None):
@@ -333,7 +329,9 @@ def lemma_4_2(taus=(0.3, 0.1, 0.03, 0.01), axes=None):
     left.set(yscale="log", ylim=(0.03, 40 * max(float(slope.max()) for slope in slopes)))
     finish(left, f"The slope becomes two spikes, {peak:.0f} high at τ = {taus[-1]:g}", "", "dH/dw (log scale)",
            "upper center", ncols=2)  # fmt: skip
-    for look, (name, f) in zip(LOOKS, TEST_FUNCTIONS.items()):
+    smooth = {"exp(−w²)": lambda z: torch.exp(-z * z), "1/(1+w²)": lambda z: 1 / (1 + z * z),
+              "cos 2w": lambda z: torch.cos(2 * z)}  # fmt: skip
+    for look, (name, f) in zip(LOOKS, smooth.items()):
         limit, found = float(f(half).sum()), [float(torch.trapezoid(slope * f(z), z)) for slope in slopes]
         right.loglog(taus, [abs(x - limit) for x in found], **look,
                      label=f"f = {name}: {found[0]:.4f} … {found[-1]:.4f}, limit {limit:.4f}")  # fmt: skip
@@ -447,19 +445,15 @@ def hutchpp_error(curvature, ax=None):
                   f"relative error, rms over tensors\n(median, quartiles of {seeds} seeds)", "lower left")  # fmt: skip
 
 
-def with_traces(tensors, key):
-    if not tensors or any(key not in t for t in tensors.values()):
-        raise ValueError(f"no sensitivities have a {key}; python train_tiny.py --sensitivity hutchpp makes them")
-    return tensors
-
-
 def trace_heatmap(tensors, ax=None):
     """log10 of each tensor's Hessian trace, layer by projection; a trace lost in its error is hatched and marked "?".
 
     tensors: {name: {value, stderr, flagged, score}}, as in a results.json under "sensitivities".
     """
+    if not tensors or any("value" not in t for t in tensors.values()):
+        raise ValueError("no traces are there; python train_tiny.py --methods hestia estimates them")
     layer = lambda name: int((re.search(r"\d+(?=\.)", name) or [0])[0])
-    spots = {name: (layer(name), name.rpartition(".")[2]) for name in with_traces(tensors, "value")}
+    spots = {name: (layer(name), name.rpartition(".")[2]) for name in tensors}
     rows, columns = (list(dict.fromkeys(spot[k] for spot in spots.values())) for k in (0, 1))
     (ax,) = panels(ax, 1, (1.6 + 0.85 * len(columns), 1.7 + 0.42 * len(rows)))
     grid = np.full((len(rows), len(columns)), np.nan)
@@ -486,7 +480,9 @@ def trace_heatmap(tensors, ax=None):
 
 def score_errors(tensors, kappa=1.0, ax=None):
     """Each score with its standard error: half of what Eq. (13) makes of its trace plus and minus an error."""
-    (ax,) = panels(ax, 1, (6.6, 1.5 + 0.17 * len(with_traces(tensors, "stderr"))))
+    if not tensors or any("stderr" not in t for t in tensors.values()):
+        raise ValueError("no sensitivities have an error; python train_tiny.py --sensitivity hutchpp makes them")
+    (ax,) = panels(ax, 1, (6.6, 1.5 + 0.17 * len(tensors)))
     traces = {name: hestia.TraceEstimate(t["value"], t["stderr"], t["flagged"], 0) for name, t in tensors.items()}
     moved = lambda name, h: hestia.sensitivity_scores({**traces, name: h}, kappa)[name]
     with warnings.catch_warnings():
@@ -635,13 +631,14 @@ def gradient_norms(run, axes=None):
     Were weights spread evenly about the boundaries, dL/dW would grow like tau^(-1/2): of them a share of order tau lies
     within tau of a boundary, where the slope is 1 / (2 tau).
     """
-    c, _, tau_init = guidance(read_results(run))
+    given = guidance(read_results(run))
+    T, rho = given["config"]["steps"], given["config"]["rho"]
     snapshots = read_snapshots(run)
     axes = panels(axes, 2, (9.6, 4.2), sharey=True)
     for ax, key, what in zip(axes, ("grad_norm", "grad_norm_latent"), ("dL/dW_eff", "dL/dW, latents")):
         for method, (step, norm) in along(snapshots, ("absmean", "hestia-no-hessian", "hestia"), key).items():
-            cooling = step > c["rho"] * c["steps"]
-            tau = np.array([hestia.base_temperature(t, c["steps"], c["rho"], tau_init) for t in step[cooling]])
+            cooling = step > rho * T
+            tau = np.array([hestia.base_temperature(t, T, rho, given["tau_init"]) for t in step[cooling]])
             band(ax, tau, norm[:, cooling], style(method))
             mean = norm[:, cooling].mean(0)
         exponent = np.polyfit(np.log(tau), np.log(mean), 1)[0]
@@ -665,7 +662,7 @@ def animation(run, path, tensor=-1, seconds=6):
 
     name, bins, found = watched_tensor(run, tensor)
     felt = along(read_snapshots(run), found, "felt")
-    config, scores, tau_init = guidance(read_results(run))
+    config, scores, tau_init = guidance(read_results(run)).values()
     T, rho, frames = config["steps"], config["rho"], max(2, round(10 * seconds))
     tau = lambda t: hestia.temperature(t, T, rho, tau_init, scores.get(name, 0.0), config["alpha"])
     fig = plt.figure(figsize=(8.8, 4.6), dpi=100)
@@ -683,7 +680,7 @@ def animation(run, path, tensor=-1, seconds=6):
         right.spines[["top", "left"]].set_visible(False)
         (curve,) = right.plot(z, z, color=BLACK, linewidth=2.2)
         parts.append((ax, bars, curve, method, steps, hist))
-    right.set_ylabel("line: what the forward pass sees / γ")
+    right.set_ylabel("line: effective weight / γ")
     strip = fig.add_subplot(grid[1, :])
     strip.plot(t / T, [tau(x) / tau(0) for x in t], color=RED, label=f"temperature τ / {tau(0):.2f}")
     strip.plot(t / T, [hestia.pressure(x, T, rho) for x in t], color=GREY, linestyle="--", label="pressure p")
@@ -703,7 +700,7 @@ def animation(run, path, tensor=-1, seconds=6):
             curve.set_ydata(seen)
             state = f"τ = {tau(step):.2f}, p = {p:.2f}" if soft else "rounding from the first step"
             share = percent(np.interp(step, felt[method][0], felt[method][1].mean(0)))
-            title = f"{quantizer(method).label}: {state}\nthe forward pass feels {share} of the weights move"
+            title = f"{quantizer(method).label}: {state}\nforward pass feels {share} of the weights move"
             ax.set_title(title, fontsize=11, loc="left")
         fig.canvas.draw()
         rgb = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
@@ -778,7 +775,8 @@ def gap_recovered(results, split="train", ax=None):
     best, (mean, half, seeds) = quantizer(order[0]).label, found[order[0]]
     said = f"{text(mean, half)} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
     if gap:
-        title = f"{best} recovers most of the gap: {said}" if mean > 0 else "No method recovers any of the gap"
+        title = f"{best} recovers the largest part of the gap: {said}"
+        title = title if mean > 0 else "No method recovers any of the gap"
         label = f"gap recovered on {SPLITS[split]} text, %: 0 is AbsMean STE, 100 is full precision"
     else:
         title = f"{best} is lowest: {said}" if mean < 0 else "No method is below AbsMean STE"
@@ -883,8 +881,7 @@ def overview(folder):
     left, right, below = (fig.add_subplot(spot) for spot in (grid[0, 0], grid[0, 1], grid[1, :]))
     loss_curves(runs, left)
     if any(map(is_soft, methods)):
-        config, scores, tau_init = guidance({**results, "table": table})
-        schedules(config, scores, right, tau_init)
+        schedules(ax=right, **guidance({**results, "table": table}))
     else:
         right.set_axis_off()
         right.set_title("None of these methods has a temperature", fontsize=10.5)
@@ -928,11 +925,6 @@ def of_either(draw, name):
     return drawn
 
 
-def run_schedules(results):
-    config, scores, tau_init = guidance(results)
-    return schedules(config, scores, None, tau_init)
-
-
 RUN, CURVATURE, TABLE = "a run", "notebooks/results/curvature.json", "notebooks/results/table1.json"
 ABLATED = "a run with --ablate {}, or notebooks/results/ablations.json"
 FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it needs)
@@ -943,7 +935,7 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "lemma_4_2": (lambda run: lemma_4_2(), "the Jacobian becomes two spikes of mass gamma", ""),
     "mse_against_tau": (lambda run: mse_against_tau(), "which temperature keeps H closest to W (sec. 5.1)", ""),
     "alpha_rho_kappa": (lambda run: alpha_rho_kappa(), "what the three settings do to schedules and scores", ""),
-    "schedules": (of_run(run_schedules), "pressure and temperatures of a run (Fig. 2)", RUN),
+    "schedules": (of_run(lambda r: schedules(**guidance(r))), "pressure and temperatures (Fig. 2)", RUN),
     "hutchpp_error": (of_study(hutchpp_error, "curvature.json"), "error of the traces against products", CURVATURE),
     "sensitivity_against": (of_study(sensitivity_against, "curvature.json"), "traces against other signs", CURVATURE),
     "trace_heatmap": (of_run(lambda r: trace_heatmap(first_sensitivities(r))), "traces, layer by projection", RUN),

@@ -1994,7 +1994,7 @@ def test_titles_follow_the_numbers(made_up, tmp_path):
         rows["full"]["train"] = 1.5  # no gap: full precision is above the STE
     before["table"] = train_tiny.summarize(train_tiny.parse([]), before["per_seed"])
     assert "is lowest: −0.03" in titles(plots.gap_recovered(before))
-    assert "recovers most of the gap" in titles(plots.gap_recovered(plots.read_results(made_up)))
+    assert "recovers the largest part of the gap" in titles(plots.gap_recovered(plots.read_results(made_up)))
     one = {**after, "per_seed": after["per_seed"][:1]}
     assert "One seed, no interval" in titles(plots.controls(one)) and "±" not in titles(plots.loss_against(one, "rho"))
 
@@ -2008,7 +2008,7 @@ def test_titles_follow_the_numbers(made_up, tmp_path):
         curves["Hutchinson, per tensor"], curves["Hutch++, per tensor"])  # fmt: skip
     assert "errs 1.7 times more than Hutchinson" in titles(plots.hutchpp_error(study))
     study["other"]["gradnorm"] = [1 / x for x in study["exact"]]
-    assert "ranks the tensors the other way: Spearman -1.00" in titles(plots.sensitivity_against(study))
+    assert "ranks the tensors the other way: Spearman −1.00" in titles(plots.sensitivity_against(study))
 
 
 def test_figures_in_numbers():
