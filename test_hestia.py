@@ -1853,7 +1853,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     names = {p.name for p in finished_run.iterdir()}
     checkpoints = {f"{m}-seed{s}.pt" for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in (0, 1)}
     assert names == {"config.json", "log.jsonl", "results.json", "snapshots.npz", "overview.png",
-                     "sensitivities.json", "state.json"} | checkpoints | {f"pretrained-seed{s}.pt" for s in (0, 1)}
+                     "sensitivities.json", "runs"} | checkpoints | {f"pretrained-seed{s}.pt" for s in (0, 1)}
     results = json.loads((finished_run / "results.json").read_text())
     table = results["table"]
     assert list(table) == ["before", "untrained", "full", "absmean", "hestia-no-hessian", "hestia"]
@@ -1884,10 +1884,10 @@ def test_the_checkpoint_is_ternary_and_reads_back(finished_run):
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(finished_run, text, capsys):
-    before = {p.name: p.read_bytes() for p in finished_run.iterdir()}
+    before = {p.name: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()}
     assert train_tiny.main(["--data", text, "--out", str(finished_run), *TINY]) == 2
     assert "already exists and is not an empty folder" in capsys.readouterr().err
-    assert before == {p.name: p.read_bytes() for p in finished_run.iterdir()}
+    assert before == {p.name: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()}
 
 
 def test_no_gap_is_reported_where_the_ste_is_not_above_full_precision():
@@ -2084,16 +2084,16 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
             return train_tiny.main([*arguments, *more])
 
     assert run(str(tmp_path / "undisturbed")) == 0
-    original, calls = train_tiny.run_method, []
+    original, calls = train_tiny.Study.keep, []
 
-    def interrupted(*a, **k):
-        calls.append(a[2])
-        if len(calls) in (3, 9):
-            original(*a, **k)  # its records are in the log, its result nowhere
-            raise KeyboardInterrupt
-        return original(*a, **k)
+    def interrupted(self, name, seed, *a):
+        if name != "start":
+            calls.append(name)
+            if len(calls) in (3, 9):
+                raise KeyboardInterrupt  # its records are in the log, its result nowhere
+        return original(self, name, seed, *a)
 
-    monkeypatch.setattr(train_tiny, "run_method", interrupted)
+    monkeypatch.setattr(train_tiny.Study, "keep", interrupted)
     out = str(tmp_path / "other" / "interrupted")
     assert run(out) == 130 and "--resume goes on" in capsys.readouterr().err
     assert run(out, "--resume") == 130 and run(out, "--resume") == 0
@@ -2119,12 +2119,28 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
     assert run(str(tmp_path / "nothing"), "--resume") == 2 and "--resume needs --out" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert run("other/../other/interrupted", "--resume") == 0  # the same folder by another name
-    for broken in ("{", "[]", '{"tuning": {}, "seeds": {"0": {}}}', '{"tuning": {"full": 3}, "seeds": {}}'):
-        (Path(out) / "state.json").write_text(broken)
-        assert run(out, "--resume") == 2 and "state.json or snapshots.npz in" in capsys.readouterr().err
+    for broken in ("{", "[]", "{}", '{"lr": 1}', '{"tuning": "low"}'):
+        (Path(out) / "runs" / "absmean-seed1.json").write_text(broken)
+        assert run(out, "--resume") == 2 and "absmean-seed1.json cannot be read" in capsys.readouterr().err
     for broken in ("{", "[]", '{"config": {}}', '{"config": {}, "data": {}, "sessions": 3}'):
         (Path(out) / "config.json").write_text(broken)
         assert run(out, "--resume") == 2 and "config.json cannot be read" in capsys.readouterr().err
+
+
+def test_several_processes_find_what_one_finds(text, tmp_path):
+    more = ["--methods", "absmean", "hestia:alpha=0.6", "--lrs", "1e-3", "2e-3", *TINY, "--steps", "4"]
+    results = []
+    for jobs in ("1", "2"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = tmp_path / jobs
+            assert train_tiny.main(["--data", text, "--jobs", jobs, "--out", str(out), *more]) == 0
+        results.append(json.loads((out / "results.json").read_text()))
+        for row in results[-1]["per_seed"][0].values():
+            row.pop("seconds", None)
+    for key in ("per_seed", "tuning", "data"):
+        assert results[0][key] == results[1][key]
+    assert {p.name for p in (tmp_path / "1").rglob("*")} == {p.name for p in (tmp_path / "2").rglob("*")}
 
 
 @pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])
@@ -2138,7 +2154,7 @@ def test_ablations(what, text, tmp_path):
     assert list(rows)[2:] == results["config"]["methods"] and len(rows) >= 7 and "commit" in results
     assert "hestia" in rows and "absmean" in rows
     losses = [row["val"] for name, row in rows.items() if name.startswith("hestia")]
-    assert len(set(losses)) == len(losses) or what == "samples"  # every variant did something else
+    assert len(set(losses)) == len(losses) or what in ("samples", "all")  # every variant did something else
 
 
 def test_changed_scores_by_hand():

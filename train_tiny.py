@@ -8,7 +8,7 @@
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
 steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
-(one record per line), state.json (what is finished, for --resume), sensitivities.json, results.json, snapshots.npz,
+(one record per line), runs/ (what is finished, for --resume), sensitivities.json, results.json, snapshots.npz,
 overview.png, the full-precision weights of each seed, and a checkpoint per method and seed. With --llama the weights
 come from a folder instead of the first training, the text goes through its tokenizer, the settings are the paper's
 unless said otherwise, and the checkpoints are Hugging Face folders.
@@ -20,17 +20,19 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
 import time
 import warnings
-import zipfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +58,11 @@ class Config:
     preset: str = option("cpu: minutes on two cores; gpu: 1.7 M parameters; paper: Table 5, for much more text", "cpu")
     data: str = option("a UTF-8 text file, read as bytes; default: the Python standard library's source", "")
     val_data: str = option("held-out text; default: the last 5 % of --data, or files of the default text", "")
+    test_data: str = option("another text, on all of which the finished models are measured too", "")
     llama: str = option("a folder with a Llama to start from, Hugging Face's or Meta's; needs --data", "")
     methods: tuple = option(f"what to compare, of: {', '.join(hestia.QUANTIZERS)}; or all",
                             ("full", "absmean", "hestia-no-hessian", "hestia"))  # fmt: skip
-    ablate: str = option("compare variants of HESTIA instead: group, hessian, alpha, rho, bits or samples", "")
+    ablate: str = option("compare variants of HESTIA instead: group, hessian, alpha, rho, bits, samples; or all", "")
     seeds: int = option("how many seeds; each has its own weights and batches, shared by all methods", 1, 3)
     seed: int = option("the first seed", 0)
     steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
@@ -94,13 +97,14 @@ class Config:
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
     out: str = option("folder of this run; default: a new one under out/", "")
-    resume: bool = option("go on with the run in --out, which was interrupted, from the last finished method", False)
+    jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
+    resume: bool = option("go on with the run in --out, which was interrupted, after the last finished run", False)
 
 
 CHOICES = {
     "clip_at": ("effective", "latent"),
     "sensitivity": ("hutchpp", "joint", "fisher", "gradnorm", "error"),
-    "ablate": ("group", "hessian", "alpha", "rho", "bits", "samples"),
+    "ablate": ("group", "hessian", "alpha", "rho", "bits", "samples", "all"),
 }
 
 
@@ -110,14 +114,16 @@ def ablation(config):
     of = lambda setting, *values: ("hestia", *(f"hestia:{setting}={v}" for v in values if v != usual.get(setting)))
     g = config.group_size or math.gcd(config.hidden, config.intermediate)
     sizes = [size for size in dict.fromkeys((0, g, g // 2)) if size != config.group_size]
-    return ("full", "absmean") + {
+    variants = {
         "group": (*(f"absmean:group_size={s}" for s in sizes), "hestia", *(f"hestia:group_size={s}" for s in sizes)),
         "hessian": ("hestia-no-hessian", *of("scores", "shuffled", "common")),
         "alpha": of("alpha", 0.6, 0.4, 0.2, 0.0, -0.2, -0.4, -0.6),
         "rho": of("rho", 0.0, 0.1, 0.2, 0.3, 0.5),
         "bits": ("int2", "hestia-binary", "hestia", "hestia-2bit"),
         "samples": of("samples", 5, 20, 50),
-    }[config.ablate]
+    }
+    chosen = variants.values() if config.ablate == "all" else [variants[config.ablate]]
+    return tuple(dict.fromkeys(["full", "absmean", *(method for methods in chosen for method in methods)]))
 
 
 class InputError(ValueError):
@@ -208,7 +214,7 @@ def check(config):
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
     for name in ("seeds", "steps", "pretrain_steps", "batch_size", "micro_batches", "block_size", "layers", "hidden",
-                 "intermediate", "heads", "calibration"):  # fmt: skip
+                 "intermediate", "heads", "calibration", "jobs"):  # fmt: skip
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
     if config.samples < 2:
@@ -300,7 +306,7 @@ def read_text(option, path):
 
 
 def load_text(config, tokenizer=None):
-    """(train, validation) as tensors of tokens, and what to record about them."""
+    """(train, validation, test or nothing) as tensors of tokens, and what to record about them."""
     held_out = None
     if config.data:
         train, source = read_text("--data", config.data), Path(config.data).name
@@ -310,6 +316,7 @@ def load_text(config, tokenizer=None):
     else:
         train, held_out = standard_library()
         source = f"standard library of Python {platform.python_version()}"
+    test = read_text("--test-data", config.test_data) if config.test_data else b""
     facts = {"source": source, "sha256": hashlib.sha256(train + (held_out or b"")).hexdigest()}
     if tokenizer is None:
         as_tokens = lambda text: torch.from_numpy(np.frombuffer(bytearray(text), dtype=np.uint8))
@@ -327,9 +334,13 @@ def load_text(config, tokenizer=None):
         raise InputError(f"{source} has {len(train)} {unit} to train on and {len(val)} held out; expected more than "
                          f"{config.block_size + 1} of each for blocks of {config.block_size}")  # fmt: skip
     facts |= {"unit": unit, f"train_{unit}": len(train), f"val_{unit}": len(val)}
+    if test:
+        facts |= {"test_sha256": hashlib.sha256(test).hexdigest(), "test_source": Path(config.test_data).name}
+        test = as_tokens(test)
+        facts[f"test_{unit}"] = len(test)
     if tokenizer is None:
         train, val = train.to(config.device), val.to(config.device)
-    return train, val, facts
+    return train, val, test, facts
 
 
 def load_tokenizer(config):
@@ -391,7 +402,7 @@ def excerpt(tokens, config):
 @contextmanager
 def whole(path):
     """Write beside `path`, then rename: the name never holds half a file."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of its own, where several processes write
     try:
         yield aside
         os.replace(aside, path)
@@ -508,18 +519,17 @@ class Snapshots:
 
 
 class Reporter:
-    """Prints log lines and writes log.jsonl as they come."""
+    """Prints the log lines of one run and writes them to its file in folder/runs/ as they come."""
 
-    def __init__(self, folder, config):
-        self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115, closed at the end of the run
-        pretraining, methods = 0 if config.llama else config.pretrain_steps, len(config.methods)
-        self.steps = config.seeds * (pretraining + methods * config.steps)
-        self.steps += bool(config.lrs) * (pretraining + methods * len(config.lrs) * config.steps)
-        self.began, self.announced = time.perf_counter(), False
+    def __init__(self, study, name, seed):
+        self.study, self.about = study, {"seed": seed, "method": name}
+        self.file = open(study.runs / f"{file_name(name, seed)}.jsonl", "w")  # noqa: SIM115, closed at the run's end
 
-    def line(self, r, seed, method, total):
-        self.file.write(json.dumps({"seed": seed, "method": method, **r}) + "\n")
+    def line(self, r, total):
+        self.file.write(json.dumps({**self.about, **r}) + "\n")
         self.file.flush()
+        if self.study.config.jobs > 1:  # lines of several runs would mix
+            return
         text = f"  step {r['step']:5d}/{total}  loss {r['loss']:.4f}  lr {r['lr']:.1e}  grad {r['grad_norm']:.2f}"
         if "p" in r:
             text += f"  p {r['p']:.2f}  tau {r['tau_min']:.3f}-{r['tau_max']:.3f}"
@@ -529,15 +539,15 @@ class Reporter:
             text += f"  val {r['val_loss_hard']:.4f}"
         left = f"  {r['seconds_left']:.0f} s left" if r["step"] else ""  # the first step may have compiled for a minute
         print(f"{text}  {r['tokens_per_s'] / 1e3:.1f} k tok/s{left}", flush=True)
-        if not self.announced and total / 10 < r["step"] < total - 1:
-            self.announced = True
-            minutes = r["seconds_left"] / (total - r["step"] - 1) * self.steps / 60
+        if self.study.steps_ahead and total / 10 < r["step"] < total - 1:
+            minutes = r["seconds_left"] / (total - r["step"] - 1) * self.study.steps_ahead / 60
             print(f"  (all runs together: about {minutes:.0f} min)")
+            self.study.steps_ahead = 0  # said once
 
 
-def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, val=None, loss_fn=None):
+def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
     """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
-    log_every = max(1, steps // 40)
+    config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
     snapshots = Snapshots(qat, log_every) if qat else None
     plain = getattr(model, "_orig_mod", model)  # under torch.compile
 
@@ -557,32 +567,33 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
         good = newest or good  # this step's loss was finite, and came of the weights kept after an earlier one
         newest = {"step": t + 1, "model": trained()} if record is not None and t % (5 * log_every) == 0 else None
         if record is not None:
-            reporter.line(record, seed, name, steps)
+            reporter.line(record, steps)
         if snapshots:
             snapshots(t, record)
 
     try:
         hestia.train(
-            model, tokens, steps=steps, lr=lr, qat=qat, name=name,
+            model, study.train_text, steps=steps, lr=lr, qat=qat, name=name,
             seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
             val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn,
         )  # fmt: skip
     except hestia.Diverged as error:
-        path = Path(reporter.file.name).parent / f"last-good-{re.sub('[:=, ]+', '-', name)}-seed{seed}.pt"
+        path = study.folder / f"last-good-{file_name(name, seed)}.pt"
         with whole(path) as aside:
             torch.save({"config": dataclasses.asdict(plain.config_now()), **good}, aside)
         raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
+    finally:
+        reporter.file.close()
     return snapshots
 
 
 def sensitivities(config, model, tokens, seed, folder):
     """What --sensitivity asks for, at the full-precision weights and on calibration text of the training split.
 
-    Returns {name: TraceEstimate, or float} and the seconds it took, and leaves both in folder/sensitivities.json. If
-    this run, or one in a folder beside it, has found it before for the same weights, text and settings, it is taken
-    from there.
+    Returns an entry of sensitivities.json, {"settings", "seconds", "tensors"}, and its key. If this run, or one in a
+    folder beside it, has found it before for the same weights, text and settings, it is taken from there.
     """
     length = min(config.block_size, 512) if config.llama else config.block_size
     sequences = max(config.calibration, -(-512 // length))
@@ -610,8 +621,7 @@ def sensitivities(config, model, tokens, seed, folder):
         found = measure_sensitivities(config, model, batches, params, seed)
         found = {name: h._asdict() if isinstance(h, tuple) else {"value": h} for name, h in found.items()}
         entry = {"settings": settings, "seconds": time.perf_counter() - clock, "tensors": found}
-    save_json(folder / "sensitivities.json", {**read_sensitivities(folder), key: entry})
-    return {name: as_estimate(h) for name, h in entry["tensors"].items()}, entry["seconds"]
+    return key, entry
 
 
 def as_estimate(h):
@@ -635,7 +645,7 @@ def measure_sensitivities(config, model, batches, params, seed):
     def progress(done, total):
         nonlocal shown
         clock = time.perf_counter()
-        if done == total or clock - shown > 0.5:
+        if done == total or (config.jobs == 1 and clock - shown > 0.5):
             left, shown = (clock - began) / done * (total - done), clock
             print(f"\r  {done}/{total} products, {left:.0f} s left ", end="" if done < total else "\n", flush=True)
 
@@ -674,185 +684,298 @@ def restore(model, weights):
 
 
 class Study:
-    """What of a run is finished, in folder/state.json and folder/snapshots.npz: --resume goes on from there."""
+    """A run's folder, with its text and its model. Everything that is finished has a file of its own in folder/runs/:
+    --resume goes on from there, and several processes can share the work."""
 
-    def __init__(self, folder):
-        self.folder, self.path = folder, folder / "state.json"
-        self.tuning, self.seeds, self.snapshots = {}, {}, {"bins": BINS}
-        if self.path.exists():
-            try:
-                state = json.loads(self.path.read_text())
-                self.tuning = {method: dict(losses) for method, losses in state["tuning"].items()}
-                self.seeds = {seed: {"rows": dict(entry["rows"]), "sensitivities": entry["sensitivities"]}
-                              for seed, entry in state["seeds"].items()}  # fmt: skip
-                with np.load(folder / "snapshots.npz") as saved:
-                    self.snapshots = dict(saved)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-                raise InputError(f"--resume: state.json or snapshots.npz in {folder} cannot be read ({error}); start "
-                                 "anew with another --out") from None  # fmt: skip
+    def __init__(self, config):
+        self.config = config
+        self.tokenizer = load_tokenizer(config) if config.llama else None
+        self.start = self.model = None
+        if config.llama:
+            self.model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the first weights stay
+            self.model.checkpointing = config.checkpointing
+            self.start = {name: t.detach() for name, t in self.model.state_dict().items()}
 
-    def save(self):
+    def read(self):
+        """The text. The model, and the excerpts on which losses are measured, go where they will be used."""
+        config = self.config
+        self.train_text, self.val_text, test, self.facts = load_text(config, self.tokenizer)
+        parts = {"train": self.train_text, "val": self.val_text}
+        if config.lrs:  # the end of the text is kept for choosing rates
+            self.train_text, parts["tuning"] = self.train_text.tensor_split([round(0.975 * len(self.train_text))])
+            parts["train"] = self.train_text
+        self.model = (self.model or hestia.Llama(model_config(config))).to(config.device)
+        self.samples = {k: excerpt(text, config).to(config.device) for k, text in parts.items()}
+        if config.test_data:
+            self.samples["test"] = test.to(config.device)
+        trained = config.seeds * ((0 if config.llama else config.pretrain_steps) + len(config.methods) * config.steps)
+        if len(config.lrs) > 1:
+            trained += config.pretrain_steps + len(config.lrs) * len(config.methods) * config.steps
+        self.steps_ahead = trained if config.jobs == 1 else 0  # until the estimate has been said
+
+    def open(self, folder):
+        self.folder, self.runs = folder, folder / "runs"
+        self.runs.mkdir(exist_ok=True)
+
+    def losses(self, tuning=False):
+        """Nats per token of the model as it is: {split: loss}."""
+        splits = [k for k in self.samples if (k == "tuning") == tuning]
+        return {k: hestia.evaluate(self.model, self.samples[k], self.config.block_size) for k in splits}
+
+    def known(self, name, seed):
+        """What is kept of a finished run; None if it is not finished."""
+        path = self.runs / f"{file_name(name, seed)}.json"
+        if not path.exists():
+            return None
+        try:
+            entry = json.loads(path.read_text())
+            losses = ("before", "untrained") if name == "start" else ("tuning",) if " at " in name else ("train", "val")
+            if not isinstance(entry, dict) or not set(losses) <= entry.keys():
+                raise ValueError(f"it lacks {' and '.join(losses)}")
+            return entry
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume: {path} cannot be read ({error}); remove it to run that again") from None
+
+    def keep(self, name, seed, entry, arrays=None):
+        """A run is finished: what it measured along the way, then its row, whose file says that all is there."""
+        if arrays:
+            with whole(self.runs / f"{file_name(name, seed)}.npz") as aside, open(aside, "wb") as file:
+                np.savez_compressed(file, **arrays)
+        save_json(self.runs / f"{file_name(name, seed)}.json", entry)
+
+    def gather(self, runs):
+        """log.jsonl and snapshots.npz of the whole study, from those of its (name, seed) runs, in that order."""
+        logs = [self.runs / f"{file_name(*run)}.jsonl" for run in runs]
+        with whole(self.folder / "log.jsonl") as aside:
+            aside.write_text("".join(path.read_text() for path in logs if path.exists()))
+        arrays = {"bins": BINS}
+        for path in (log.with_suffix(".npz") for log in logs):
+            if path.exists():
+                with np.load(path) as saved:
+                    arrays |= dict(saved)
         with whole(self.folder / "snapshots.npz") as aside, open(aside, "wb") as file:
-            np.savez_compressed(file, **self.snapshots)
-        save_json(self.path, {"tuning": self.tuning, "seeds": self.seeds})
-
-    def weights(self, seed):
-        """The full-precision weights of a seed, if they were finished."""
-        path = self.folder / f"pretrained-seed{seed}.pt"
-        return load_checkpoint(path).state_dict() if path.exists() else None
+            np.savez_compressed(file, **arrays)
 
 
-def drop_unfinished(folder, study):
-    """Remove from log.jsonl the records of runs that will be run again."""
+def file_name(name, seed):
+    """Of a run, in folder/runs/ and for its checkpoint.
 
-    def finished(r):
-        if r["method"] == "pretrain":
-            return (folder / f"pretrained-seed{r['seed']}.pt").exists()
-        method, _, lr = r["method"].partition(" at ")
-        if lr:
-            return any(float(known) == float(lr) for known in study.tuning.get(method, {}))
-        return method in study.seeds.get(str(r["seed"]), {}).get("rows", {})
-
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and finished(json.loads(line))]
-    with whole(path) as aside:
-        aside.write_text("".join(lines))
+    >>> file_name("hestia:alpha=0.6", 0)
+    'hestia-alpha-0.6-seed0'
+    """
+    return re.sub("[:=, ]+", "-", name) + f"-seed{seed}"
 
 
-def pretrained(config, seed, model, study, data, reporter, begin):
-    """The full-precision weights of a seed, in the model too: trained, or read where --resume finds them."""
+_study = None  # of this process, where several share the work
+
+
+def for_each(study, function, tasks):
+    """function(study, *task) for every task, in --jobs processes; yields results in the order in which they come."""
+    jobs = min(study.config.jobs, len(tasks))
+    if jobs <= 1:
+        yield from (function(study, *task) for task in tasks)
+        return
+    size = -(-len(tasks) // jobs)  # neighbours have the same method, which is compiled once in a process
+    parts = [tasks[k : k + size] for k in range(0, len(tasks), size)]
+    context, began, done = multiprocessing.get_context("spawn"), time.perf_counter(), 0
+    counter, failed = context.Value("i", 0), None
+    with ProcessPoolExecutor(jobs, context, _begin_work, (study.config, study.folder, counter)) as pool:
+        try:
+            for future in as_completed([pool.submit(_work, function, part) for part in parts]):
+                try:
+                    results = future.result()
+                except hestia.Diverged as error:  # the others may well finish
+                    print(f"  {error}", flush=True)
+                    failed = error
+                    continue
+                yield from results
+                done += len(results)
+                left = (time.perf_counter() - began) / done * (len(tasks) - done)
+                print(f"  ({done} of {len(tasks)} finished, about {left / 60:.0f} min left)", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+    if failed:
+        raise failed
+
+
+def _begin_work(config, folder, counter):
+    """In a process of its own: what `run` has set up in the first one."""
+    global _study
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; one message is enough
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if config.device == "cuda":
+        config.device = f"cuda:{number % torch.cuda.device_count()}"
+        torch.cuda.set_device(config.device)
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))
+    settle(config)
+    _study = Study(config)
+    _study.read()
+    _study.open(folder)
+
+
+def _work(function, tasks):
+    return [function(_study, *task) for task in tasks]
+
+
+def scores_needed(config):
+    """The numbers of samples for which the methods need sensitivities: --samples, and those of variants."""
+    guided = [m for m in config.methods if plots.quantizer(m).soft and "alpha" not in plots.quantizer(m).settings]
+    return list(dict.fromkeys(variant(config, m)[0].samples for m in guided))
+
+
+def prepare(study, seed):
+    """What all methods of a seed share: full-precision weights in a file, their losses, and the sensitivities, in
+    runs/start-seedN.json. Returns the entries for sensitivities.json."""
+    config, model = study.config, study.model
+    begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
     torch.manual_seed(seed)
-    known = study.weights(seed)
-    restore(model, known or hestia.Llama(model.config).state_dict())
-    if known is None:
+    clock = time.perf_counter()
+    if study.start:
+        begin(f"full precision: as it is in {config.llama}")
+        restore(model, study.start)
+    else:
+        restore(model, hestia.Llama(model.config).state_dict())
         size = sum(p.numel() for p in model.parameters())
         begin(f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
         fast = torch.compile(model) if config.compile else model
-        train(config, fast, data, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
+        train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
         save_checkpoint(study.folder / f"pretrained-seed{seed}.pt", model)
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+    entry = {"before": {"seconds": time.perf_counter() - clock, **study.losses()}}
+    with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
+        entry["untrained"] = study.losses()
+    entry["sensitivities"], found = {}, {}
+    for samples in scores_needed(config):
+        about, known = guidance(dataclasses.replace(config, samples=samples), seed, study, begin)
+        entry["sensitivities"][str(samples)] = about
+        found |= known
+    study.keep("start", seed, entry)
+    return found
 
 
-def guidance(config, seed, model, data, folder, begin):
-    """({name: score} or None, what results.json says about them), at the weights that the model has."""
-    if not any(plots.quantizer(m).soft and "alpha" not in plots.quantizer(m).settings for m in config.methods):
-        return None, {"seconds": 0.0, "tensors": {}}
+def guidance(config, seed, study, begin):
+    """What results.json says about the sensitivities at the weights that the model has, and sensitivities.json."""
     what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
             "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
             "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
             "gradnorm": "norms of the gradient", "error": "relative errors of rounding to ternary"}  # fmt: skip
     begin(f"sensitivities: {what[config.sensitivity]}")
-    found, seconds = sensitivities(config, model, data, seed, folder)
+    key, entry = sensitivities(config, study.model, study.train_text, seed, study.folder)
+    found = {name: as_estimate(h) for name, h in entry["tensors"].items()}
     describe_sensitivities(found)
     scores = hestia.sensitivity_scores(found, config.kappa)
-    tensors = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
-               for name, h in found.items()}  # fmt: skip
-    return scores, {"seconds": seconds, "tensors": tensors}
+    tensors = {name: {**h, "score": scores[name]} for name, h in entry["tensors"].items()}
+    return {"seconds": entry["seconds"], "tensors": tensors}, {key: entry}
 
 
-def run_method(config, seed, method, lr, model, weights, scores, data, val, losses, reporter, name=None):
-    """One method from these weights: trained, hardened, evaluated. Returns its row, its Hestia and its Snapshots."""
-    fixed, loss_fn = plots.quantizer(method).settings, None
-    plain, (config, how) = config, variant(config, method)
-    if scores and config.samples != plain.samples:
-        restore(model, weights)
-        scores, _ = guidance(config, seed, model, data, Path(reporter.file.name).parent, print)
+def starting_point(study, seed):
+    """The weights that every method of a seed starts from, and what runs/start-seedN.json says."""
+    weights = study.start
+    if not weights:
+        weights = load_checkpoint(study.folder / f"pretrained-seed{seed}.pt").state_dict()
+    return weights, study.known("start", seed)
+
+
+def run_method(study, seed, method, lr, name=None):
+    """One method from a seed's weights: trained, hardened, evaluated, written and kept. name: of a choice of rate."""
+    row, plain, model, fixed = {"lr": lr}, study.config, study.model, plots.quantizer(method).settings
+    weights, start = starting_point(study, seed)
+    config, how = variant(plain, method)
+    if plain.jobs == 1:
+        which = f"{plain.methods.index(method) + 1}/{len(plain.methods)}: {plots.quantizer(method).label}"
+        print(f"[seed {seed}] {which}, {config.steps} steps" + (f" at {lr:g}" if name else ""), flush=True)
+    tensors = start["sensitivities"].get(str(config.samples), {"tensors": {}})["tensors"]
+    scores = {tensor: h["score"] for tensor, h in tensors.items()} or None
     scores = changed_scores(scores, how, config.alpha, seed)
     torch.manual_seed(seed)
-    fast = torch.compile(model) if config.compile else model
+    fast, loss_fn, cuda = torch.compile(model) if config.compile else model, None, config.device.startswith("cuda")
+    restore(model, weights)
     if config.distill or "distill" in fixed:
-        restore(model, weights)
         loss_fn = hestia.distillation(copy.deepcopy(model).requires_grad_(False))
-    restore(model, hestia.Llama(model.config).state_dict() if "scratch" in fixed else weights)
+    if "scratch" in fixed:
+        restore(model, hestia.Llama(model.config).state_dict())
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(config.device)
     clock = time.perf_counter()
     qat = hestia.Hestia(
         model, config.steps, method=method.partition(":")[0], group_size=config.group_size or None, rho=config.rho,
         alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
-        dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
+        dtype=torch.bfloat16 if cuda else None, compile=config.compile,
     )  # fmt: skip
-    watched = train(config, fast, data, seed, reporter, steps=config.steps, lr=lr, name=name or method, qat=qat,
-                    val=val, loss_fn=loss_fn)  # fmt: skip
+    val = None if name else study.samples["val"][: 16 * config.block_size]
+    try:
+        watched = train(study, fast, seed, steps=config.steps, lr=lr, name=name or method, qat=qat, val=val,
+                        loss_fn=loss_fn)  # fmt: skip
+    except hestia.Diverged as error:
+        if not name:
+            raise
+        print(f"  {error}", flush=True)
+        return study.keep(name, seed, {**row, "tuning": None})
     qat.harden()
-    row = {"seconds": time.perf_counter() - clock, "lr": lr, "tau_init": qat.tau_init, **losses(model)}
+    row |= {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init}
+    row |= study.losses(tuning=bool(name))
+    if cuda:
+        row["gpu_GiB"] = torch.cuda.max_memory_allocated(config.device) / 2**30
     if method != "full":
         row |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat), "bits": bits_per_weight(qat)}
-    return row, qat, watched
+    arrays = watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
+    names = [] if method == "full" else list(qat.weights)
+    del qat, watched  # the memory of the method, before the model is read once more
+    for path in () if name else export(config, model, study.folder / file_name(method, seed), names):
+        again = hestia.evaluate(reload(config, path), study.samples["val"], config.block_size)
+        if again != row["val"]:
+            raise RuntimeError(f"{path} reads back to a loss of {again}, not {row['val']}; it is wrong")
+    study.keep(name or method, seed, row, None if name else arrays)
+    if plain.jobs > 1:
+        found = ", ".join(f"{k} {row[k]:.4f}" for k in ("tuning", "train", "val", "test") if k in row)
+        print(f"[seed {seed}] {name or method}: {found} after {row['seconds']:.0f} s", flush=True)
 
 
-def tune(config, model, start, data, study, reporter):
+def rate_name(method, lr):
+    return f"{method} at {lr:g}"
+
+
+def chosen_rates(study, tuning):
     """{method: the best of --lrs}, by the loss of the hard weights on the end of the training text, which no run here
-    trains on, and with a seed that is not reported."""
+    trains on, and with a seed that is not reported. tuning: {method: {rate: that loss, or None if it diverged}}."""
+    config = study.config
     if len(config.lrs) < 2:
         return dict.fromkeys(config.methods, (config.lrs or (config.lr,))[0])
-    seed, cut = config.seed + 1000, round(0.975 * len(data))
-    text, held_out = data[:cut], excerpt(data[cut:], config)
-    begin = lambda what: print(f"[choosing learning rates, seed {seed}] {what}", flush=True)
-    losses = lambda model: {"tuning": hestia.evaluate(model, held_out.to(config.device), config.block_size)}
-    left = [(m, lr) for m in config.methods for lr in config.lrs if str(lr) not in study.tuning.get(m, {})]
-    if left:
-        weights = start or pretrained(config, seed, model, study, text, reporter, begin)
-        restore(model, weights)
-        scores, _ = guidance(config, seed, model, text, study.folder, begin)
-    for n, (method, lr) in enumerate(left):
-        begin(f"{n + 1}/{len(left)}: {plots.quantizer(method).label} at {lr:g}")
-        try:
-            row, *_ = run_method(config, seed, method, lr, model, weights, scores, text, None, losses, reporter,
-                                 name=f"{method} at {lr:g}")  # fmt: skip
-        except hestia.Diverged as error:
-            print(f"  {error}")
-            row = {"tuning": math.inf}
-        study.tuning.setdefault(method, {})[str(lr)] = row["tuning"]
-        study.save()
-    best = {m: min(config.lrs, key=lambda lr, m=m: study.tuning[m][str(lr)]) for m in config.methods}
-    hopeless = [m for m, lr in best.items() if study.tuning[m][str(lr)] == math.inf]
+    loss = lambda m, lr: math.inf if tuning[m][str(lr)] is None else tuning[m][str(lr)]
+    best = {m: min(config.lrs, key=lambda lr, m=m: loss(m, lr)) for m in config.methods}
+    hopeless = [m for m, lr in best.items() if loss(m, lr) == math.inf]
     if hopeless:
         raise InputError(f"--lrs: {', '.join(hopeless)} diverged at every rate; expected smaller ones")
     edge = lambda lr: " (at the edge of --lrs)" if lr in (min(config.lrs), max(config.lrs)) else ""
-    print("learning rates: " + ", ".join(f"{m} {lr:g}{edge(lr)}" for m, lr in best.items()))
+    print("learning rates: " + ", ".join(f"{m} {lr:g}{edge(lr)}" for m, lr in best.items()), flush=True)
     return best
 
 
-def run_seed(config, seed, model, start, data, study, rates, reporter):
-    """All runs of one seed that are not finished; every row goes to `study` as soon as it is there."""
-    train_text, val_text = data
-    samples = {"train": excerpt(train_text, config), "val": excerpt(val_text, config)}
-    if config.llama:
-        samples = {k: text.to(config.device) for k, text in samples.items()}
-    losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
-    kept = study.seeds.setdefault(str(seed), {"rows": {}, "sensitivities": None})
-    rows = kept["rows"]
-    if all(m in rows for m in config.methods):
-        return
-    begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
-    clock = time.perf_counter()
-    if start:
-        begin(f"full precision: as it is in {config.llama}")
-        restore(model, start)
-    weights = start or pretrained(config, seed, model, study, train_text, reporter, begin)
-    if "untrained" not in rows:
-        rows["before"] = {"seconds": time.perf_counter() - clock, **losses(model)}
-        with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
-            rows["untrained"] = losses(model)
-        study.save()
-    scores, kept["sensitivities"] = guidance(config, seed, model, train_text, study.folder, begin)
-
-    for n, method in enumerate(config.methods):
-        if method in rows:
-            continue
-        begin(f"{n + 1}/{len(config.methods)}: {plots.quantizer(method).label}, {config.steps} steps")
-        row, qat, watched = run_method(config, seed, method, rates[method], model, weights, scores, train_text,
-                                       samples["val"][: 16 * config.block_size], losses, reporter)  # fmt: skip
-        names = [] if method == "full" else list(qat.weights)
-        study.snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
-        del qat, watched  # the memory of the method, before the model is read once more
-        file = re.sub("[:=,]+", "-", method) + f"-seed{seed}"
-        for path in export(variant(config, method)[0], model, study.folder / file, names):
-            again = hestia.evaluate(reload(config, path), samples["val"], config.block_size)
-            if again != row["val"]:
-                raise RuntimeError(f"{path} reads back to a loss of {again}, not {row['val']}; it is wrong")
-        rows[method] = row
-        study.save()
+def run_all(study):
+    """Everything of a study that is not finished. Returns {method: {rate: loss}} of the choice of rates."""
+    config = study.config
+    seeds, tuning_seed = range(config.seed, config.seed + config.seeds), config.seed + 1000
+    tried = [(tuning_seed, m, lr, rate_name(m, lr)) for m in config.methods for lr in config.lrs[len(config.lrs) < 2 :]]
+    started = [*seeds, *([tuning_seed] if tried else [])]
+    order = [("pretrain", seed) for seed in started] + [(name, seed) for seed, *_, name in tried]
+    order += [(method, seed) for seed in seeds for method in config.methods]
+    try:
+        for found in for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]):
+            save_json(study.folder / "sensitivities.json", {**read_sensitivities(study.folder), **found})
+        list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
+        tuning = {}
+        for _, method, lr, name in tried:
+            tuning.setdefault(method, {})[str(lr)] = study.known(name, tuning_seed)["tuning"]
+        rates = chosen_rates(study, tuning)
+        # one process goes seed by seed; several take a method's seeds together, since it must be compiled in each
+        tasks = [(seed, m, rates[m]) for seed in seeds for m in config.methods if not study.known(m, seed)]
+        list(for_each(study, run_method, tasks if config.jobs == 1 else sorted(tasks, key=lambda task: task[1])))
+    finally:
+        study.gather(order)
+    return tuning
 
 
 def export(config, model, path, quantized):
@@ -970,8 +1093,10 @@ def print_table(config, table, file=None):
 
     head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "bits per weight",
             "seconds"]  # fmt: skip
+    splits = ["val", *(["test"] if config.test_data else [])]
+    head += ["test"] * bool(config.test_data)
     if config.llama:
-        head.append("perplexity")
+        head += ["perplexity"] * len(splits)
     lines = [head]
     for row in table:
         label = labels.get(row) or plots.quantizer(row).label + (", continued" if row == "full" else "")
@@ -981,8 +1106,9 @@ def print_table(config, table, file=None):
         lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
                       changed if changed == "-" else changed + " %", cell(row, "bits", 2).split(" ")[0],
                       cell(row, "seconds", 0)])  # fmt: skip
+        lines[-1] += [cell(row, "test", 4)] * bool(config.test_data)
         if config.llama:
-            lines[-1].append(f"{math.exp(min(99.0, table[row]['val'][0])):.2f}")
+            lines[-1] += [f"{math.exp(min(99.0, table[row][split][0])):.2f}" for split in splits]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         print(" | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))),
@@ -1046,67 +1172,74 @@ def write_something(config, model, seed, tokenizer=None, prompt=None):
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def run(config):
-    """The whole experiment. Returns the run's folder."""
-    check(config)
+def settle(config):
+    """What holds for a whole process."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
+    torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
+    warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
     if config.compile:  # every method is another graph, and torch would stop compiling one piece of code after eight
         from torch._dynamo import config as dynamo  # loads much, so only here
 
         dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1000, 10000
-    model = tokenizer = start = None
+
+
+def run(config):
+    """The whole experiment. Returns the run's folder."""
+    check(config)
+    settle(config)
+    check_out(config)
+    if config.llama:  # refuse what can be refused before the weights are read
+        for name in ("data", "val_data", "test_data"):
+            if path := getattr(config, name):
+                read_text("--" + name.replace("_", "-"), path)
+    study = Study(config)
     if config.llama:
-        check_out(config)
-        tokenizer = load_tokenizer(config)
-        for name, path in (("--data", config.data), ("--val-data", config.val_data)):
-            if path:  # refuse it before the weights are read
-                read_text(name, path)
-        model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the weights to start from stay
-        model.checkpointing, c = config.checkpointing, model.config
+        c = study.model.config
         for method in config.methods:
             widths = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
             check_groups(variant(config, method)[0], *widths)
-        check_tokenizer(tokenizer, model, config.llama)
-        print(expected_memory(config, model), flush=True)
-        start = {name: t.detach() for name, t in model.state_dict().items()}
-    train_text, val_text, facts = load_text(config, tokenizer)
-    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "resume"}, "data": facts}
+        check_tokenizer(study.tokenizer, study.model, config.llama)
+        print(expected_memory(config, study.model), flush=True)
+    study.read()
+    facts = study.facts
+    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "jobs")},
+             "data": facts}  # fmt: skip
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
-    began, study = time.perf_counter(), Study(folder)
+    study.open(folder)
+    began = time.perf_counter()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     cuda = config.device.startswith("cuda")
     hardware = torch.cuda.get_device_name(config.device) if cuda else platform.processor() or "cpu"
     about |= {"versions": versions, "commit": commit(),
-              "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
+              "hardware": {"device": hardware, "threads": torch.get_num_threads(), "jobs": config.jobs}}  # fmt: skip
     sessions.append({key: about[key] for key in ("versions", "commit", "hardware")})
     if sessions[0] != sessions[-1]:
         print("  note: this session's versions, commit or hardware differ from the first one's; results.json has both")
     save_json(folder / "config.json", {**about, "sessions": sessions})
-    print(f"{facts['source']}: {len(train_text):,} + {len(val_text):,} {facts['unit']}, sha256 {facts['sha256'][:12]}")
+    unit = facts["unit"]
+    size = f"{facts[f'train_{unit}']:,} + {facts[f'val_{unit}']:,} {unit}"
+    print(f"{facts['source']}: {size}, sha256 {facts['sha256'][:12]}")
     print(f"this run's folder: {folder}/")
     steps = config.steps + (0 if config.llama else config.pretrain_steps)
-    passes = steps * config.batch_size * config.block_size / len(train_text)
+    passes = steps * config.batch_size * config.block_size / len(study.train_text)
     print(f"{steps} steps read the text {passes:.2f} times"
           + ("; expect overfitting, and bring more text with --data" if passes > 3 else ""))  # fmt: skip
 
-    model = (model or hestia.Llama(model_config(config))).to(config.device)
-    if config.resume:
-        drop_unfinished(folder, study)
-    reporter, seeds = Reporter(folder, config), range(config.seed, config.seed + config.seeds)
-    rates = tune(config, model, start, train_text, study, reporter)
-    data = train_text[: round(0.975 * len(train_text))] if config.lrs else train_text, val_text
-    for seed in seeds:
-        run_seed(config, seed, model, start, data, study, rates, reporter)
-    reporter.file.close()
-    finished = [study.seeds[str(seed)] for seed in seeds]
-    per_seed = [{m: s["rows"][m] for m in ("before", "untrained", *config.methods)} for s in finished]
+    tuning = run_all(study)
+    seeds = range(config.seed, config.seed + config.seeds)
+    starts = {seed: study.known("start", seed) for seed in seeds}
+    first = lambda seed: {row: starts[seed][row] for row in ("before", "untrained")}
+    per_seed = [{**first(seed), **{m: study.known(m, seed) for m in config.methods}} for seed in seeds]
     table = summarize(config, per_seed)
+    nothing = {"seconds": 0.0, "tensors": {}}
+    gpu = [row["gpu_GiB"] for rows in per_seed for row in rows.values() if "gpu_GiB" in row]
     save_json(folder / "results.json", {
         **about, "sessions": sessions, "table": table, "per_seed": per_seed,
-        "sensitivities": [s["sensitivities"] for s in finished],
-        "tuning": study.tuning, "seconds_of_last_session": time.perf_counter() - began,
-        "gpu_GiB": torch.cuda.max_memory_allocated(config.device) / 2**30 if cuda else None,
+        "sensitivities": [s["sensitivities"].get(str(config.samples), nothing) for s in starts.values()],
+        "tuning": tuning, "seconds_of_last_session": time.perf_counter() - began, "gpu_GiB": max(gpu, default=None),
     })  # fmt: skip
     with whole(folder / "overview.png") as aside:
         plots.overview(folder).savefig(aside, format="png", dpi=150)
@@ -1119,15 +1252,15 @@ def run(config):
     quantized = [m for m in config.methods if m != "full"]
     if quantized:
         last = "hestia" if "hestia" in quantized else quantized[-1]
-        path = folder / (re.sub("[:=,]+", "-", last) + f"-seed{config.seed}" + ("" if config.llama else ".pt"))
-        prompt = val_text[:16] if config.llama else None
-        text = write_something(config, reload(config, path), config.seed, tokenizer, prompt)
+        path = folder / (file_name(last, config.seed) + ("" if config.llama else ".pt"))
+        prompt = study.val_text[:16] if config.llama else None
+        text = write_something(config, reload(config, path), config.seed, study.tokenizer, prompt)
         grid = [rows[last]["on_grid"] for rows in per_seed]
         if None not in grid:
             print(f"{100 * min(grid):g} % of {plots.quantizer(last).label}'s weights lie on their group's grid.")
         print(f"What {path} writes:\n\n{text}\n")
-    if config.device.startswith("cuda"):
-        print(f"At most {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB of GPU memory were in use.")
+    if gpu:
+        print(f"At most {max(gpu):.1f} GiB of GPU memory were in use.")
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
     return folder
 
@@ -1160,10 +1293,6 @@ def commit():
 
 def main(arguments=None):
     config = parse(arguments)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
-    torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
-    warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
     try:
         run(config)
     except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
