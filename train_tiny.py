@@ -96,6 +96,7 @@ class Config:
     eval_tokens: int = option("tokens of each split on which the table's losses are measured; 0: all", 65536, 524288)
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
+    show: str = option("only print the tables of this results.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
     jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
     resume: bool = option("go on with the run in --out, which was interrupted, after the last finished run", False)
@@ -1080,44 +1081,47 @@ def summarize(config, per_seed):
     return table
 
 
-def print_table(config, table, file=None):
-    labels = {"before": "full precision, before", "untrained": "ternarized, not trained"}
-    several = config.seeds > 1
-
-    def cell(row, column, digits, scale=1.0):
-        mean, spread = table[row].get(column, (None, None))
-        if mean is None:
-            return "-"
-        spread = f" ± {scale * spread:.{digits}f}" if several and spread is not None else ""
-        return f"{scale * mean:.{digits}f}" + spread
-
-    head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "bits per weight",
-            "seconds"]  # fmt: skip
-    splits = ["val", *(["test"] if config.test_data else [])]
-    head += ["test"] * bool(config.test_data)
-    if config.llama:
-        head += ["perplexity"] * len(splits)
-    lines = [head]
-    for row in table:
-        label = labels.get(row) or plots.quantizer(row).label + (", continued" if row == "full" else "")
-        gaps = ["-" if row in labels else cell(row, f"gap_{split}", 0, 100) for split in ("train", "val")]
-        gaps = [g if g == "-" else g + " %" for g in gaps]
-        changed = cell(row, "changed_last_tenth", 2, 100)
-        lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
-                      changed if changed == "-" else changed + " %", cell(row, "bits", 2).split(" ")[0],
-                      cell(row, "seconds", 0)])  # fmt: skip
-        lines[-1] += [cell(row, "test", 4)] * bool(config.test_data)
-        if config.llama:
-            lines[-1] += [f"{math.exp(min(99.0, table[row][split][0])):.2f}" for split in splits]
+def print_columns(head, rows):
+    """A table whose lines are Markdown's too."""
+    lines = [head, *rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
-        print(" | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))),
-              file=file)  # fmt: skip
+        cells = (t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths)))
+        print("| " + " | ".join(cells) + " |")
         if line is head:
-            print("-|-".join("-" * w for w in widths), file=file)
+            print("|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
+
+
+def print_table(config, table):
+    """Hard weights' losses of every row of {row: {column: [mean, spread]}}, and what each method took."""
+    labels = {"before": "full precision, before", "untrained": "ternarized, not trained"}
+    splits = [split for split in ("train", "val", "test") if split in table["before"]]
+    name = {"train": "train", "val": "validation", "test": "test"}
+
+    def cell(row, column, digits, scale=1.0, spread=True, unit=""):
+        mean, deviation = table[row].get(column, (None, None))
+        if mean is None:
+            return ""
+        several = spread and config.seeds > 1 and deviation is not None
+        return f"{scale * mean:.{digits}f}" + (f" ± {scale * deviation:.{digits}f}" if several else "") + unit
+
+    head = ["", *(name[s] for s in splits), *(f"gap recovered, {name[s]}" for s in ("train", "val"))]
+    head += ["changed in last tenth", "bits per weight", *["learning rate"] * (len(config.lrs) > 1), "seconds"]
+    head += [f"perplexity, {name[s]}" for s in splits[1:]] if config.llama else []
+    rows = []
     for row in table:
-        if row not in labels and plots.quantizer(row).extra:
-            print(f"{plots.quantizer(row).label} also needs at inference: {plots.quantizer(row).extra}", file=file)
+        label = labels.get(row) or plots.quantizer(row).label + (", continued" if row == "full" else "")
+        line = [label, *(cell(row, split, 4) for split in splits)]
+        line += ["" if row in labels else cell(row, f"gap_{s}", 0, 100, unit=" %") for s in ("train", "val")]
+        line += [cell(row, "changed_last_tenth", 2, 100, unit=" %"), cell(row, "bits", 2, spread=False)]
+        line += [f"{table[row]['lr'][0]:g}" if "lr" in table[row] else ""] * (len(config.lrs) > 1)
+        line += [cell(row, "seconds", 0)]
+        line += [f"{math.exp(min(99.0, table[row][s][0])):.2f}" for s in splits[1:]] if config.llama else []
+        rows.append(line)
+    print_columns(head, rows)
+    extra = {m: plots.quantizer(m) for m in table if m not in labels and plots.quantizer(m).extra}
+    if extra:
+        print("\nInference also needs: " + "; ".join(f"{q.extra} ({q.label})" for q in extra.values()) + ".")
 
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees
@@ -1147,19 +1151,36 @@ def paired(per_seed, method, other, split):
 
 
 def print_paired(config, per_seed):
-    """Each method minus AbsMean STE and minus HESTIA, and whether zero lies within the 95 % interval."""
-    for other in ("absmean", "hestia"):
-        if other not in per_seed[0] or len(per_seed) < 2:
-            continue
-        print(f"minus {plots.quantizer(other).label}, seed by seed, with 95 % intervals:")
-        for method in config.methods:
-            if method in (other, "full"):
-                continue
-            text = []
-            for split, name in (("train", "train"), ("val", "validation")):
+    """Each method minus AbsMean STE and minus HESTIA, seed by seed; in brackets where the interval holds zero."""
+    others = [other for other in ("absmean", "hestia") if other in per_seed[0]]
+    methods = [m for m in config.methods if m != "full"]
+    if len(per_seed) < 2 or not others or len(methods) < 2:
+        return
+    head, rows = ["difference, seed by seed, ± 95 %"], []
+    head += [f"{s} − {plots.quantizer(other).label}" for other in others for s in ("train", "validation")]
+    for method in methods:
+        line = [plots.quantizer(method).label]
+        for other in others:
+            for split in ("train", "val"):
                 mean, half, _ = paired(per_seed, method, other, split)
-                text.append(f"{name} {mean:+.4f} ± {half:.4f}" + ("" if abs(mean) > half else " (no difference seen)"))
-            print(f"  {plots.quantizer(method).label}: {', '.join(text)}")
+                text = f"{mean:+.4f} ± {half:.4f}"
+                line.append("" if method == other else text if abs(mean) > half else f"({text})")
+        rows.append(line)
+    print_columns(head, rows)
+    print("\nIn brackets where the interval holds zero: no difference was seen.")
+
+
+def show(path):
+    """The tables of a results.json, as the run printed them."""
+    try:
+        results = json.loads(Path(path).read_text())
+        fields = {f.name for f in dataclasses.fields(Config)}
+        config = Config(**{k: v for k, v in results["config"].items() if k in fields})
+        print_table(config, summarize(config, results["per_seed"]))
+        print()
+        print_paired(config, results["per_seed"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"--show {path}: not the results.json of a finished run ({error})") from None
 
 
 def write_something(config, model, seed, tokenizer=None, prompt=None):
@@ -1204,7 +1225,7 @@ def run(config):
         print(expected_memory(config, study.model), flush=True)
     study.read()
     facts = study.facts
-    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "jobs")},
+    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "jobs", "show")},
              "data": facts}  # fmt: skip
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
@@ -1294,7 +1315,7 @@ def commit():
 def main(arguments=None):
     config = parse(arguments)
     try:
-        run(config)
+        show(config.show) if config.show else run(config)
     except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
