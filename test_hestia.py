@@ -7,13 +7,20 @@ in float64, dense matrices, Algorithm 1 written out naively, transformers' Llama
 Tests that need transformers are skipped without it (pip install ".[test]" brings it).
 """
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
 import re
 import shlex
 import shutil
+import signal
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -2124,6 +2131,177 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
     for broken in ("{", "[]", '{"config": {}}', '{"config": {}, "data": {}, "sessions": 3}'):
         (Path(out) / "config.json").write_text(broken)
         assert run(out, "--resume") == 2 and "config.json cannot be read" in capsys.readouterr().err
+
+
+def run_quietly(*arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train_tiny.main([*map(str, arguments)])
+
+
+def outcome(folder):
+    """All that a finished run says and leaves, but for the time that it took."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for seed in results["per_seed"] for row in seed.values()]
+    timing = ("seconds", "seconds_left", "tokens_per_s")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in r.items() if k not in timing} for r in log]
+    tensors = {}
+    for path in sorted(folder.glob("*.pt")):
+        saved = torch.load(path, weights_only=True)["model"]
+        tensors |= {f"{path.name}/{k}": t.view(torch.int16).numpy().tobytes() for k, t in saved.items()}
+    with np.load(folder / "snapshots.npz") as z:
+        arrays = {k: z[k].tobytes() for k in z}
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    return {"rows": rows, "log": log, "tensors": tensors, "arrays": arrays, "files": files}
+
+
+# tequila has state beside W, cage acts on W, stochastic draws random numbers
+SURVIVOR = ["--methods", "absmean", "hestia", "tequila", "stochastic", *TINY, "--steps", "12", "--pretrain-steps", "12"]
+
+
+def killed_until_done(arguments, folder, seconds, seed):
+    """Run in processes that are killed at random moments, and resumed, until one ends. Returns how many were killed."""
+    context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(seed), 0
+    context.set_forkserver_preload(["train_tiny"])
+    while not (folder / "results.json").exists():
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)  # killed before it had begun
+        child = context.Process(target=train_tiny.main, args=([*arguments, "--out", str(folder), *resume],))
+        child.start()
+        child.join(rng.uniform(0, seconds))
+        kills += child.is_alive()
+        child.kill()
+        child.join()
+    return kills
+
+
+def compare_killed(text, tmp_path, runs):
+    torch.set_num_threads(1)
+    arguments = ["--data", text, *SURVIVOR, "--save-minutes", "0"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_tiny"])
+    child = context.Process(target=train_tiny.main, args=([*arguments, "--out", str(tmp_path / "undisturbed")],))
+    began = time.perf_counter()
+    child.start()
+    child.join()
+    seconds, expected = time.perf_counter() - began, outcome(tmp_path / "undisturbed")
+    kills = []
+    for n in range(runs):
+        kills.append(killed_until_done(arguments, tmp_path / str(n), seconds, n))
+        got = outcome(tmp_path / str(n))
+        left = {name for name in got["files"] if name.endswith(".tmp")}  # of a process killed while it wrote
+        assert {**got, "files": got["files"] - left} == expected
+        shutil.rmtree(tmp_path / str(n))
+    print(f"{runs} runs, killed {sum(kills)} times ({min(kills)} to {max(kills)} each), all ended with the same bits")
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_go_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 50)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_the_step_saves_and_exits(number, text, tmp_path, monkeypatch, capfd):
+    arguments = ["--data", text, *SURVIVOR]
+    assert run_quietly(*arguments, "--out", tmp_path / "undisturbed") == 0
+    original = train_tiny.Reporter.line
+
+    def line(self, r, total):
+        original(self, r, total)
+        if self.about["method"] == "hestia" and r["step"] == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train_tiny.Reporter, "line", line)
+    assert run_quietly(*arguments, "--out", tmp_path / "stopped") == 128 + number
+    assert (tmp_path / "stopped" / "runs" / "hestia-seed0-last.pt").exists()
+    assert "stopping after this step" in capfd.readouterr().err
+    monkeypatch.setattr(train_tiny.Reporter, "line", original)
+    assert run_quietly(*arguments, "--out", tmp_path / "stopped", "--resume") == 0
+    assert "hestia goes on from step 6 of 12" in capfd.readouterr().out
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("how", ("before", "half", "at the end"))
+def test_a_write_that_fails_leaves_a_run_that_goes_on(how, text, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", text, "--methods", "hestia", *TINY, "--steps", "3", "--pretrain-steps", "2",
+                 "--save-minutes", "0", "--out"]  # fmt: skip
+    monkeypatch.setattr(plots, "overview", lambda folder: plots.plt.figure(figsize=(1, 1)))  # the figure takes longest
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    expected, original, count, broken = outcome(tmp_path / "undisturbed"), train_tiny.whole, itertools.count(), None
+
+    @contextlib.contextmanager
+    def whole(path):
+        fails = next(count) == broken
+        if fails and how == "before":
+            raise PermissionError(13, "Permission denied", str(path))
+        with original(path) as aside:
+            yield aside
+            if fails:
+                if how == "half":
+                    aside.write_bytes(aside.read_bytes()[: aside.stat().st_size // 2])
+                raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(train_tiny, "whole", whole)
+    assert run_quietly(*arguments, tmp_path / "counted") == 0
+    writes = next(count)
+    assert writes > 12
+    for broken in range({"before": 0, "half": 1, "at the end": 2}[how], writes, 3):
+        count, folder = itertools.count(), tmp_path / str(broken)
+        assert run_quietly(*arguments, folder) == 1
+        assert "the run failed" in capsys.readouterr().err and not list(folder.rglob("*.tmp"))
+        count, broken = itertools.count(), None
+        begun = (folder / "config.json").exists()
+        assert run_quietly(*arguments, folder, *(["--resume"] if begun else [])) == 0
+        got = outcome(folder)
+        assert got["files"] == expected["files"] and got["log"] == expected["log"]
+        assert got == expected
+
+
+def test_a_damaged_state_is_said_and_that_training_starts_anew(text, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", text, "--methods", "absmean", *TINY, "--steps", "4", "--save-minutes", "0", "--out"]
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    with monkeypatch.context() as m:
+        m.setattr(train_tiny.Study, "keep", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_quietly(*arguments, tmp_path / "run") == 130
+    (state,) = (tmp_path / "run" / "runs").glob("*-last.pt")
+    (tmp_path / "run" / "pretrained-seed0.pt").unlink()
+    state.write_bytes(state.read_bytes()[:1000])
+    assert run_quietly(*arguments, tmp_path / "run", "--resume") == 0
+    assert "cannot be read" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+
+
+def test_trouble_is_said_in_a_line_and_is_an_error_with_strict(text, tmp_path, capsys):
+    soft = ["--data", text, "--methods", "hestia-no-hessian", *TINY, "--steps", "2", "--rho", "1", "--out"]
+    with warnings.catch_warnings():
+        assert train_tiny.main([*soft, str(tmp_path / "warned")]) == 0
+    assert "tau has not reached hard at the end" in capsys.readouterr().out
+    assert train_tiny.main([*soft, str(tmp_path / "strict"), "--strict"]) == 1
+    assert "an error because of --strict" in capsys.readouterr().err
+    alike = ["--data", text, "--methods", "hestia", *TINY, "--steps", "2", "--kappa", "0.001", "--strict", "--out"]
+    assert train_tiny.main([*alike, str(tmp_path / "alike")]) == 1
+    assert "the sensitivity scores are all alike" in capsys.readouterr().err
+
+
+def test_a_spike_of_the_gradient_is_said(text, tmp_path, monkeypatch, capsys):
+    original = h.Llama.forward
+
+    def forward(self, ids, targets=None, *more):
+        out = original(self, ids, targets, *more)
+        forward.calls += targets is not None and torch.is_grad_enabled()
+        return 1e5 * out if forward.calls == 30 else out
+
+    forward.calls = 0
+    monkeypatch.setattr(h.Llama, "forward", forward)
+    arguments = ["--data", text, "--methods", "full", *TINY, "--lr", "1e-5", "--out", str(tmp_path / "run")]
+    assert train_tiny.main(arguments) == 0
+    assert "a gradient norm of" in capsys.readouterr().out
 
 
 def test_several_processes_find_what_one_finds(text, tmp_path):

@@ -30,8 +30,10 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import warnings
+import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -99,7 +101,9 @@ class Config:
     show: str = option("only print the tables of this results.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
     jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
-    resume: bool = option("go on with the run in --out, which was interrupted, after the last finished run", False)
+    save_minutes: float = option("minutes between saves of a training's state, for --resume; 0: after each step", 5.0)
+    strict: bool = option("stop with an error where a line would warn of trouble in a training", False)
+    resume: bool = option("go on with the run in --out, which was interrupted, where it was", False)
 
 
 CHOICES = {
@@ -229,7 +233,7 @@ def check(config):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
     if config.block_size < 2:
         raise InputError(f"--block-size is {config.block_size}; expected at least 2, a token and the next one")
-    for name in ("weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
+    for name in ("save_minutes", "weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected 0 or more")
     if not 0 <= config.rho <= 1:
@@ -505,6 +509,17 @@ class Snapshots:
         if (t + 1) % self.log_every == 0 or t + 1 == qat.total_steps - 1:
             self.keep()
 
+    def state(self):
+        """All of it, in tensors and numbers, to be saved; `take` puts it back."""
+        rows = [{**row, "hist": torch.from_numpy(np.array(row["hist"]))} for row in self.rows]
+        return {"rows": rows, "before": self.before, "codes": self.codes_before_end}
+
+    def take(self, state):
+        device = next(iter(self.before.values())).device
+        here = lambda tensors: tensors and {name: t.to(device) for name, t in tensors.items()}
+        self.rows = [{**row, "hist": list(row["hist"].numpy())} for row in state["rows"]]
+        self.before, self.codes_before_end = here(state["before"]), here(state["codes"])
+
     def changed_since(self):
         now = self.qat.codes()
         changed = sum(int((now[name] != old).sum()) for name, old in self.codes_before_end.items())
@@ -525,9 +540,12 @@ class Reporter:
         self.study, self.about = study, {"seed": seed, "method": name}
         self.file = open(study.runs / f"{file_name(name, seed)}.jsonl", "w")  # noqa: SIM115, closed at the run's end
 
-    def line(self, r, total):
+    def write(self, r):
         self.file.write(json.dumps({**self.about, **r}) + "\n")
         self.file.flush()
+
+    def line(self, r, total):
+        self.write(r)
         if self.study.config.jobs > 1:  # lines of several runs would mix
             return
         text = f"  step {r['step']:5d}/{total}  loss {r['loss']:.4f}  lr {r['lr']:.1e}  grad {r['grad_norm']:.2f}"
@@ -545,48 +563,189 @@ class Reporter:
             self.study.steps_ahead = 0  # said once
 
 
-def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
-    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
-    config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
-    snapshots = Snapshots(qat, log_every) if qat else None
-    plain = getattr(model, "_orig_mod", model)  # under torch.compile
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (SIGINT) or SIGTERM; its argument is the signal's number."""
 
-    def trained():
+
+class Signals:
+    """What Ctrl-C and SIGTERM do: end the program, or, while a run trains, do so after the step, when its state is
+    saved. A second one ends it at once."""
+
+    training, asked, worker, before = False, None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if self.worker and not self.training:
+            os._exit(128 + number)  # it has nothing to save, and the first process says what there is to say
+        if not self.training or self.asked:
+            self.asked = None
+            raise Interrupted(number)
+        self.asked = number
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+
+signals = Signals()
+
+
+class Saved:
+    """The state of one training on disk: folder/runs/NAME-last.pt, written aside, checked and renamed every
+    --save-minutes and when the program is told to stop, and gone when the training is finished. NAME-best.pt: the
+    weights (W, not rounded) whose hard loss on the validation text was lowest, if those at the end were not."""
+
+    def __init__(self, study, name, seed):
+        self.last = study.runs / f"{file_name(name, seed)}-last.pt"
+        self.best = study.runs / f"{file_name(name, seed)}-best.pt"
+        self.every, self.clock, self.loss = 60 * study.config.save_minutes, time.monotonic(), math.inf
+
+    def read(self):
+        """The newest state, or None."""
+        if not self.last.exists():
+            return None
+        try:
+            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            self.loss = state["best"]
+            return state
+        except Exception as error:  # whatever a damaged file may raise
+            print(f"  note: {self.last} cannot be read ({str(error).splitlines()[0]}); this training starts anew")
+            return None
+
+    def write(self, path, state):
+        with whole(path) as aside:
+            torch.save(state, aside)
+            with zipfile.ZipFile(aside) as written:
+                if written.testzip():  # its checksums
+                    raise OSError(f"{path} reads back differently from what was written; is the disk sound?")
+
+    def __call__(self, t, state):
+        """After each step: save if it is time, stop if that was asked for."""
+        asked, signals.asked = signals.asked, None
+        if asked or time.monotonic() - self.clock >= self.every:
+            self.write(self.last, {**state(), "best": self.loss})
+            self.clock = time.monotonic()
+        if asked:
+            raise Interrupted(asked)
+
+    def offer(self, loss, weights, finished):
+        """Keep weights() if no hard loss was lower; the end's own weights are kept elsewhere."""
+        if not loss < self.loss:
+            return
+        self.loss = loss
+        if finished:
+            self.best.unlink(missing_ok=True)
+        else:
+            self.write(self.best, weights())
+
+
+def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
+    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents.
+    It goes on from its saved state, if there is one."""
+    config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
+    snapshots, saved = Snapshots(qat, log_every) if qat else None, Saved(study, name, seed)
+    plain = getattr(model, "_orig_mod", model)  # under torch.compile
+    state = saved.read()
+    if state:
+        print(f"  {name} goes on from step {state['step']} of {steps}", flush=True)
+        for record in state["log"]:
+            reporter.write(record)
+        if snapshots:
+            snapshots.take(state["snapshots"])
+
+    def trained(t):
         """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
         latents = {name + ".weight": w for name, w in qat.latents.items()} if qat else {}
         copies = {}  # by address, so that a tied head is copied once
-        for t in (tensors := {**plain.state_dict(), **latents}).values():
-            if t.data_ptr() not in copies:
-                copies[t.data_ptr()] = t.detach().to("cpu", copy=True)
-        return {name: copies[t.data_ptr()] for name, t in tensors.items()}
+        for x in (tensors := {**plain.state_dict(), **latents}).values():
+            if x.data_ptr() not in copies:
+                copies[x.data_ptr()] = x.detach().to("cpu", copy=True)
+        tensors = {name: copies[x.data_ptr()] for name, x in tensors.items()}
+        return {"step": t, "config": dataclasses.asdict(plain.config_now()), "model": tensors}
 
-    good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of a later log line
+    good, newest = trained(state["step"] if state else 0), None  # weights whose loss was finite; of a later log line
+    norms = [record["grad_norm"] for record in state["log"]] if state else []
 
     def on_step(t, record):
         nonlocal good, newest
-        good = newest or good  # this step's loss was finite, and came of the weights kept after an earlier one
-        newest = {"step": t + 1, "model": trained()} if record is not None and t % (5 * log_every) == 0 else None
         if record is not None:
+            good = newest or good  # this step's loss was finite, and came of the weights kept at an earlier one
+            newest = trained(t + 1) if t % (5 * log_every) == 0 else None
             reporter.line(record, steps)
+            usual = float(np.median(norms)) if len(norms) >= 5 else math.inf
+            if record["grad_norm_max"] > 100 * usual:
+                warn(f"{name}: a gradient norm of {record['grad_norm_max']:.3g} by step {t}, where {usual:.3g} is "
+                     "usual: a spike in the data, or a learning rate too high")  # fmt: skip
+            norms.append(record["grad_norm"])
+            if "val_loss_hard" in record:
+                saved.offer(record["val_loss_hard"], lambda: trained(t + 1), finished=t == steps - 1)
         if snapshots:
             snapshots(t, record)
 
+    def save(t, state):
+        saved(t, lambda: {**state(), "snapshots": snapshots and snapshots.state()})
+
+    signals.training = True
     try:
         hestia.train(
             model, study.train_text, steps=steps, lr=lr, qat=qat, name=name,
             seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
-            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn,
+            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn, save=save, state=state,
         )  # fmt: skip
     except hestia.Diverged as error:
         path = study.folder / f"last-good-{file_name(name, seed)}.pt"
         with whole(path) as aside:
-            torch.save({"config": dataclasses.asdict(plain.config_now()), **good}, aside)
+            torch.save(good, aside)
+        saved.last.unlink(missing_ok=True)  # it would only diverge again
         raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
     finally:
+        signals.training = False
         reporter.file.close()
+    if qat:
+        check_hardness(study, name, qat)
     return snapshots
+
+
+class Trouble(UserWarning):
+    """A training that may have gone wrong; an error with --strict."""
+
+
+def warn(message):
+    warnings.warn(message, Trouble, stacklevel=2)
+
+
+@torch.no_grad()
+def check_hardness(study, name, qat):
+    """At the end of a training: do the hard weights do what the soft ones did?"""
+    if qat.quantizer.harden is None or qat.biases:
+        return
+    qat.relax(qat.total_steps - 1)
+    soft = {tensor: w.detach().clone() for tensor, w in qat.weights.items()}
+    hard, _ = qat._hard_weights()
+    away = {tensor: float((soft[tensor].float() - w).norm() / w.norm().clamp_min(1e-30)) for tensor, w in hard.items()}
+    far = max(away, key=away.get)
+    if qat.quantizer.soft and away[far] > 0.1:
+        warn(f"{name}: tau has not reached hard at the end: the last soft weights of {far} are {100 * away[far]:.0f} % "
+             "away from the ternary ones; train for more steps, or with a smaller rho")  # fmt: skip
+    text = study.samples["val"][: 4 * study.config.block_size]
+    loss = lambda: hestia.evaluate(qat.model, text, study.config.block_size)
+    before, costs = loss(), {}
+    with qat.hard():
+        gap = loss() - before
+    if gap > 0.05:  # which tensor is it? harden one at a time
+        for tensor, weight in qat.weights.items():
+            weight.data = hard[tensor].to(weight.dtype)
+            costs[tensor] = loss() - before
+            weight.data = soft[tensor]
+        worst = max(costs, key=costs.get)
+        warn(f"{name}: the hard weights lose {gap:.3f} nats against the last soft ones, {worst} alone "
+             f"{costs[worst]:.3f}: it hardened too early, or not at all")  # fmt: skip
 
 
 def sensitivities(config, model, tokens, seed, folder):
@@ -625,7 +784,9 @@ def sensitivities(config, model, tokens, seed, folder):
 
 
 def as_estimate(h):
-    return hestia.TraceEstimate(**h) if len(h) > 1 else float(h["value"])
+    """An entry of sensitivities.json, without its score, as hestia.py gave it."""
+    value = {k: v for k, v in h.items() if k != "score"}
+    return hestia.TraceEstimate(**value) if len(value) > 1 else float(h["value"])
 
 
 def read_sensitivities(folder):
@@ -743,6 +904,8 @@ class Study:
             with whole(self.runs / f"{file_name(name, seed)}.npz") as aside, open(aside, "wb") as file:
                 np.savez_compressed(file, **arrays)
         save_json(self.runs / f"{file_name(name, seed)}.json", entry)
+        for done in (name, *(["pretrain"] if name == "start" else [])):
+            (self.runs / f"{file_name(done, seed)}-last.pt").unlink(missing_ok=True)
 
     def gather(self, runs):
         """log.jsonl and snapshots.npz of the whole study, from those of its (name, seed) runs, in that order."""
@@ -817,7 +980,8 @@ def for_each(study, function, tasks):
 def _begin_work(config, folder, counter):
     """In a process of its own: what `run` has set up in the first one."""
     global _study
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; one message is enough
+    signals.worker = True
+    signals.__enter__()
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if config.device == "cuda":
@@ -842,7 +1006,7 @@ def scores_needed(config):
 
 def prepare(study, seed):
     """What all methods of a seed share: full-precision weights in a file, their losses, and the sensitivities, in
-    runs/start-seedN.json. Returns the entries for sensitivities.json."""
+    runs/start-seedN.json."""
     config, model = study.config, study.model
     begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
     torch.manual_seed(seed)
@@ -850,27 +1014,27 @@ def prepare(study, seed):
     if study.start:
         begin(f"full precision: as it is in {config.llama}")
         restore(model, study.start)
+    elif (path := study.folder / f"pretrained-seed{seed}.pt").exists():
+        restore(model, load_checkpoint(path).state_dict())
     else:
         restore(model, hestia.Llama(model.config).state_dict())
         size = sum(p.numel() for p in model.parameters())
         begin(f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
         fast = torch.compile(model) if config.compile else model
         train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
-        save_checkpoint(study.folder / f"pretrained-seed{seed}.pt", model)
+        save_checkpoint(path, model)
     entry = {"before": {"seconds": time.perf_counter() - clock, **study.losses()}}
     with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
         entry["untrained"] = study.losses()
-    entry["sensitivities"], found = {}, {}
-    for samples in scores_needed(config):
-        about, known = guidance(dataclasses.replace(config, samples=samples), seed, study, begin)
-        entry["sensitivities"][str(samples)] = about
-        found |= known
+    entry["sensitivities"] = {
+        str(samples): guidance(dataclasses.replace(config, samples=samples), seed, study, begin)
+        for samples in scores_needed(config)
+    }
     study.keep("start", seed, entry)
-    return found
 
 
 def guidance(config, seed, study, begin):
-    """What results.json says about the sensitivities at the weights that the model has, and sensitivities.json."""
+    """The sensitivities at the weights that the model has, with the scores, as sensitivities.json has them."""
     what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
             "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
             "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
@@ -880,8 +1044,11 @@ def guidance(config, seed, study, begin):
     found = {name: as_estimate(h) for name, h in entry["tensors"].items()}
     describe_sensitivities(found)
     scores = hestia.sensitivity_scores(found, config.kappa)
+    if config.kappa and max(scores.values()) - min(scores.values()) < 0.02:
+        warn("the sensitivity scores are all alike, so they guide nothing: the traces were not told apart; more "
+             "--calibration sequences or --samples")  # fmt: skip
     tensors = {name: {**h, "score": scores[name]} for name, h in entry["tensors"].items()}
-    return {"seconds": entry["seconds"], "tensors": tensors}, {key: entry}
+    return {"key": key, **entry, "tensors": tensors}
 
 
 def starting_point(study, seed):
@@ -979,8 +1146,10 @@ def run_all(study):
     order += [(method, seed) for seed in seeds for method in config.methods]
     try:
         with processes(study):
-            for found in for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]):
-                save_json(study.folder / "sensitivities.json", {**read_sensitivities(study.folder), **found})
+            list(for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]))
+            found = [s for seed in started for s in study.known("start", seed)["sensitivities"].values()]
+            if found:
+                save_json(study.folder / "sensitivities.json", {s.pop("key"): s for s in found})
             list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
             tuning = {}
             for _, method, lr, name in tried:
@@ -1214,6 +1383,7 @@ def settle(config):
         sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
     torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
+    warnings.filterwarnings("error" if config.strict else "always", category=Trouble)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
     if config.compile:  # every method is another graph, and torch would stop compiling one piece of code after eight
         from torch._dynamo import config as dynamo  # loads much, so only here
@@ -1240,11 +1410,10 @@ def run(config):
         print(expected_memory(config, study.model), flush=True)
     study.read()
     facts = study.facts
-    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "jobs", "show")},
-             "data": facts}  # fmt: skip
+    passing = ("resume", "jobs", "show", "strict", "save_minutes")  # they change nothing of the result
+    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in passing}, "data": facts}
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
-    study.open(folder)
     began = time.perf_counter()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     cuda = config.device.startswith("cuda")
@@ -1255,6 +1424,7 @@ def run(config):
     if sessions[0] != sessions[-1]:
         print("  note: this session's versions, commit or hardware differ from the first one's; results.json has both")
     save_json(folder / "config.json", {**about, "sessions": sessions})
+    study.open(folder)
     unit = facts["unit"]
     size = f"{facts[f'train_{unit}']:,} + {facts[f'val_{unit}']:,} {unit}"
     print(f"{facts['source']}: {size}, sha256 {facts['sha256'][:12]}")
@@ -1330,17 +1500,21 @@ def commit():
 def main(arguments=None):
     config = parse(arguments)
     try:
-        show(config.show) if config.show else run(config)
+        with signals, warnings.catch_warnings():
+            show(config.show) if config.show else run(config)
+    except Trouble as error:
+        print(f"train_tiny.py: {error} (an error because of --strict)", file=sys.stderr)
+        return 1
     except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError, ArithmeticError) as error:
         print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ntrain_tiny.py: interrupted; the same command with --out and the folder's name and --resume goes on "
-              "after the last finished method", file=sys.stderr)  # fmt: skip
-        return 130
+              "where it was", file=sys.stderr)  # fmt: skip
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
 
