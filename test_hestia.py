@@ -1913,7 +1913,156 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     middle = plots.overview(run).axes[1]
     assert not middle.lines and "None of these methods" in middle.get_title()  # no schedule that nothing followed
     assert plots.main(["--run", str(tmp_path)]) == 2
-    assert "make one with python train_tiny.py" in capsys.readouterr().err
+    assert "results.json; make it with python train_tiny.py" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures: from a made-up run, so that the outcome can be turned around
+
+
+def a_run(folder, worst="absmean", spread=0.0003):
+    """A folder with made-up results of three seeds: each method's loss, the log, snapshots. `worst` ends highest."""
+    rng, steps, bins = np.random.default_rng(0), np.arange(0, 40, 4), train_tiny.BINS
+    config = {**dataclasses.asdict(train_tiny.parse([])), "steps": 40, "seeds": 3}
+    varied = ("alpha=0.6", "rho=0.5", "group_size=32", "samples=50", "scores=shuffled", "scores=common")
+    methods = ["full", "absmean", "hestia-no-hessian", "hestia", "int2", *(f"hestia:{v}" for v in varied)]
+    loss = {m: 1.30 if m == "full" else 1.38 if m == worst else 1.35 for m in methods}
+    rows = [{m: {k: loss[m] + 0.01 * seed + spread * rng.normal() for k in ("train", "val")} | {"tau_init": 0.35}
+             for m in methods} for seed in range(3)]  # fmt: skip
+    table = train_tiny.summarize(train_tiny.parse([]), rows)
+    trace = lambda value, score: {"value": value, "stderr": 0.4, "flagged": value < 1, "score": score}
+    tensors = {f"model.layers.{i}.self_attn.{kind}_proj": trace(h * 10.0**i, score)
+               for i in (0, 1) for kind, h, score in (("q", 0.5, 0.2), ("v", 9.0, 0.8))}  # fmt: skip
+    tuning = {m: {"0.001": loss[m], "0.002": loss[m] + 0.01, "0.004": math.inf} for m in ("absmean", "hestia")}
+    train_tiny.save_json(folder / "results.json", {
+        "config": {**config, "methods": methods}, "table": table, "per_seed": rows, "tuning": tuning,
+        "sensitivities": 3 * [{"tensors": tensors}]})  # fmt: skip
+    middle, arrays, log = abs(abs((bins[1:] + bins[:-1]) / 2) - 0.5), {"bins": bins}, []
+    for method, seed in ((m, s) for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in range(3)):
+        emptied = [np.where(middle < 0.1, 1 - t / 50 if method != worst else 1 + t / 50, 1.0) for t in steps]
+        arrays |= {f"{method}/seed{seed}/{key}": value for key, value in {
+            "step": steps, "felt": np.linspace(1, 0, 10), "hist": np.array([3 * [h / h.sum()] for h in emptied]),
+            "grad_norm": 1 + rng.random(10), "grad_norm_latent": 1 + rng.random(10)}.items()}  # fmt: skip
+        arrays[f"{method}/tensors"] = np.array([*list(tensors)[:2], "model.layers.1.mlp.down_proj"])
+        log += [{"method": method, "seed": seed, "step": int(t), "loss": loss[method]} for t in steps]
+    np.savez(folder / "snapshots.npz", **arrays)
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    return folder
+
+
+def titles(drawn):
+    figure = drawn if isinstance(drawn, plots.plt.Figure) else drawn.figure
+    said = " | ".join(ax.get_title(loc="left") for ax in figure.axes)
+    plots.plt.close(figure)
+    return " ".join(said.split())  # whatever space or line break stands there
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    (run := tmp_path / "run").mkdir()
+    shutil.copytree(plots.RESULTS, tmp_path / "results")
+    for name in ("table1.json", "ablations.json"):
+        (tmp_path / "results" / name).unlink(missing_ok=True)
+    monkeypatch.setattr(plots, "RESULTS", tmp_path / "results")
+    return a_run(run)
+
+
+def test_every_figure_draws_and_says_something(made_up):
+    shutil.copy(made_up / "results.json", plots.RESULTS / "table1.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, (draw, about, _) in plots.FIGURES.items():
+            if name == "animation":
+                path = plots.animation(made_up, made_up / "a.gif", seconds=0.2)
+                assert path.read_bytes()[:6] == b"GIF89a"
+                continue
+            said = titles(draw(made_up))
+            assert about and len(said) > 20 and "nan" not in said, (name, said)
+    ax = plots.plt.figure().add_subplot()
+    assert plots.felt_curves(made_up, ax) is ax  # a notebook's own Axes
+    with pytest.raises(ValueError, match="1 Axes were given; this figure has 2 panels"):
+        plots.staircase(axes=[ax])
+    plots.plt.close("all")
+
+
+def test_titles_follow_the_numbers(made_up, tmp_path):
+    (tmp_path / "turned").mkdir()
+    turned = a_run(tmp_path / "turned", worst="hestia")
+    before, after = plots.read_results(made_up), plots.read_results(turned)
+    assert "HESTIA empties the boundaries" in titles(plots.histograms(made_up))
+    assert "HESTIA fills the boundaries" in titles(plots.histograms(turned))
+    assert "AbsMean STE 0.080" in titles(plots.loss_curves(plots.read_log(made_up)))
+    assert "HESTIA 0.080" in titles(plots.loss_curves(plots.read_log(turned)))
+    shuffled = "scores shuffled is clearly better than HESTIA"
+    assert shuffled in titles(plots.controls(after)) and shuffled not in titles(plots.controls(before))
+    assert "5 differ clearly" not in titles(plots.loss_against(before, "rho"))
+    assert "Lowest: ρ = 0.5, −0.03" in titles(plots.loss_against(after, "rho"))
+    for rows in before["per_seed"]:
+        rows["full"]["train"] = 1.5  # no gap: full precision is above the STE
+    before["table"] = train_tiny.summarize(train_tiny.parse([]), before["per_seed"])
+    assert "is lowest: −0.03" in titles(plots.gap_recovered(before))
+    assert "recovers the largest part of the gap" in titles(plots.gap_recovered(plots.read_results(made_up)))
+    one = {**after, "per_seed": after["per_seed"][:1]}
+    assert "One seed, no interval" in titles(plots.controls(one)) and "±" not in titles(plots.loss_against(one, "rho"))
+
+    config, scores = {"steps": 10, "rho": 0.2, "alpha": 0.4}, {"q": 0.2, "v": 0.8}
+    assert "warmer than the least sensitive" in titles(plots.schedules(config, scores))
+    assert "colder than the least sensitive" in titles(plots.schedules({**config, "alpha": -0.4}, scores))
+    study = plots.read_json(plots.RESULTS / "curvature.json", "")
+    assert "errs 1.7 times less than Hutchinson" in titles(plots.hutchpp_error(study))
+    curves = study["curves"]
+    curves["Hutch++, per tensor"], curves["Hutchinson, per tensor"] = (
+        curves["Hutchinson, per tensor"], curves["Hutch++, per tensor"])  # fmt: skip
+    assert "errs 1.7 times more than Hutchinson" in titles(plots.hutchpp_error(study))
+    study["other"]["gradnorm"] = [1 / x for x in study["exact"]]
+    assert "ranks the tensors the other way: Spearman −1.00" in titles(plots.sensitivity_against(study))
+
+
+def test_figures_in_numbers():
+    """What a title claims of a formula, against numbers worked elsewhere."""
+    assert "4 of 10 methods take the slope for 1" in titles(plots.jacobians())  # AbsMean, SEQ, TWN, Tequila
+    assert "closest to W at τ = 0.351; at Table 5's 0.3 the error is 0.2 % higher" in titles(plots.mse_against_tau())
+    w = [torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) * 10.0**s for s in (0, 1)]
+    assert f"at τ = {h.optimal_tau_init(w, 32):.3f}" in titles(plots.mse_against_tau(w, group_size=32))
+    assert "changes Q for 8.8 % of Gaussian weights" in titles(plots.dead_zone_line())  # by the normal distribution:
+    cdf = torch.special.ndtr(f64([-0.65, -0.5, 0.35, 0.5]) * (2 / math.pi) ** 0.5)
+    assert float(cdf[1] - cdf[0] + cdf[3] - cdf[2]) == pytest.approx(0.088, abs=5e-4)
+    drawn = plots.lemma_4_2()
+    assert all(text.get_text().endswith(": mass 2.0000") for text in drawn.axes[0].get_legend().texts)
+    assert "within 0.016 % of" in titles(drawn)
+
+
+def test_what_is_missing_gets_one_sentence(made_up, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def says(arguments, code):
+        assert plots.main(arguments) == code
+        return "".join(capsys.readouterr())
+
+    assert says([], 0).count("\n  ") >= len(plots.FIGURES)
+    assert "there is no finished run under out/; make one with python train_tiny.py" in says(["felt_curves"], 2)
+    assert "there is no figure felt; expected all, staircase" in says(["felt"], 2)
+    for arguments in (["all", "--run", "nowhere"], ["overview", "--run", "nowhere"]):
+        said = says(arguments, 2)
+        assert "nowhere/results.json; make it with python train_tiny.py" in said and said.count("\n") == 1
+    assert "table1.json; make it with python train_tiny.py --methods all --lrs" in says(["table1"], 2)
+    results = plots.read_results(made_up)
+    results["table"] = {m: results["table"][m] for m in ("full", "absmean", "int2")}
+    train_tiny.save_json(made_up / "results.json", results)
+    run = ["--run", str(made_up), "--save", "pictures"]
+    assert "python train_tiny.py --ablate hessian" in says(["controls", *run], 2)
+    assert "none of these methods has a temperature" in says(["schedules", *run], 2)
+    (made_up / "snapshots.npz").write_bytes(b"PK damaged")
+    assert "has no readable snapshots.npz; make it with" in says(["histograms", *run], 2)
+    assert not (tmp_path / "pictures").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(plots, "FIGURES", {k: plots.FIGURES[k] for k in ("staircase", "table1")})
+    a_run(made_up)
+    assert "table1 is left out: there is no" in says(["all", *run], 0)
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["staircase.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_tiny.py again: what it refuses, what it survives
 
 
 @pytest.mark.parametrize("arguments, message", [
