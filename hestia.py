@@ -615,7 +615,7 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
 
     def error(log_tau):
         H_minus_w = (gamma * (_code_mean(z, math.exp(log_tau), codebook) - z) for z, gamma in parts)
-        return float(sum(e.square().sum(dtype=torch.float64) for e in H_minus_w))
+        return float(sum(e.double().square().sum() for e in H_minus_w))  # squares beyond 1e19 leave float32
 
     grid = [math.log(0.01) + k * math.log(1000) / 24 for k in range(25)]
     best = min(range(25), key=lambda k: error(grid[k]))

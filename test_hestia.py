@@ -4,7 +4,7 @@ in float64, dense matrices, Algorithm 1 written out naively, transformers' Llama
     python -m pytest                    # all of it, and the worked examples in the docstrings; 1 to 2 minutes
     python -m pytest -k lemma           # one topic
 
-Tests that need transformers are skipped without it (pip install ".[test]" brings it).
+Tests that need transformers or hypothesis are skipped without it (pip install ".[test]" brings them).
 """
 
 import contextlib
@@ -454,6 +454,209 @@ def test_tau_init_minimises_the_squared_error():
     for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan])]):
         with pytest.raises(ValueError, match="finite weights that are not all zero"):
             h.optimal_tau_init(bad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.1 to 3.3 once more: properties that hold for whatever weights, groups, codebooks and temperatures
+
+try:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    def for_all(test):
+        """Run test(data) on examples that it draws itself, the same ones every time; a failing one is made small."""
+        return settings(derandomize=True, deadline=None, database=None, max_examples=100)(given(data=st.data())(test))
+
+except ImportError:
+    for_all = pytest.mark.skip(reason='needs hypothesis; pip install ".[test]" brings it')
+
+
+def some_weights(data, dtype=torch.float64):
+    """w (rows, width) at any of 60 orders of magnitude, with zeros and likely ties, and a group size that fits."""
+    rows, groups, g = (data.draw(st.integers(1, n)) for n in (3, 3, 6))
+    number = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5]) | st.floats(-4, 4, width=32)
+    numbers = data.draw(st.lists(number, min_size=rows * groups * g, max_size=rows * groups * g))
+    decade = data.draw(st.integers(-4, 4) if dtype == torch.float16 else st.integers(-30, 30))
+    w = (f64(numbers) * 10.0**decade).to(dtype).view(rows, groups * g)
+    return w, data.draw(st.sampled_from([None, g]))
+
+
+def some_tau(data, least=0.0):
+    extreme = [tau for tau in (0.0, 1e-45, 1e-20, 1e20, math.inf) if tau >= least]
+    return data.draw(st.sampled_from(extreme) | st.floats(-6, 2).map(lambda x: 10.0**x))
+
+
+def one_of(data, *values):
+    return data.draw(st.sampled_from(values))
+
+
+def rows_of(w, group_size):
+    """The groups of w as rows."""
+    return w.reshape(-1, group_size or w.numel())
+
+
+@for_all
+def test_gamma_is_the_mean_of_absolute_values(data):
+    w, g = some_weights(data, one_of(data, torch.float64, torch.float32, torch.bfloat16))
+    gamma = h.absmean_scale(w, g)
+    by_hand = [[math.fsum(map(abs, row)) / len(row) + 1e-8] for row in rows_of(w.double(), g).tolist()]
+    assert gamma.dtype == (torch.float64 if w.dtype == torch.float64 else torch.float32)
+    rtol = 1e-14 if gamma.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(gamma.double(), f64(by_hand), rtol=rtol, atol=0)
+
+
+@for_all
+def test_shapes_dtypes_and_bounds(data):
+    dtype = one_of(data, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    (w, g), codebook, tau = some_weights(data, dtype), one_of(data, *CODEBOOKS), some_tau(data)
+    leaf = w.clone().requires_grad_()
+    H, Q, J = (f(leaf, *a, g, codebook) for f, a in
+               ((h.soft_quantize, (tau,)), (h.quantize, ()), (h.soft_quantize_jacobian, (tau,))))  # fmt: skip
+    pi = h.assignment_probs(leaf, tau, g, codebook)
+    (gradient,) = torch.autograd.grad(H, leaf, torch.ones_like(H))
+    for x in (H, Q, J, gradient):
+        assert x.shape == w.shape and x.dtype == dtype and torch.isfinite(x).all()
+    assert pi.shape == (*w.shape, len(codebook)) and pi.dtype == dtype and ((pi >= 0) & (pi <= 1)).all()
+    assert ((pi.double().sum(-1) - 1).abs() <= 3 * torch.finfo(dtype).eps).all()
+    most = (max(codebook) * h.absmean_scale(w, g)).to(dtype)  # the outer code, in the dtype of the results
+    for x in (H, Q):
+        assert (rows_of(x, g).abs() <= most).all()
+    assert (J >= 0).all() and torch.equal(gradient, J)  # Eq. (19)
+
+
+@for_all
+def test_Q_is_the_nearest_code_and_H_at_tau_0(data):
+    (w, g), codebook = some_weights(data), one_of(data, *CODEBOOKS)
+    gamma = h.absmean_scale(w, g)
+    Q = h.quantize(w, g, codebook)
+    distance = (rows_of(w, g)[..., None] - gamma[..., None] * f64(codebook)).abs()  # (n_groups, g, K)
+    assert (rows_of(w - Q, g).abs() <= distance.amin(-1) + 1e-15 * (gamma + rows_of(w, g).abs())).all()
+    assert torch.equal(h.quantize(Q, g, codebook, scale=gamma), Q)
+    for tau in (0.0, 0, torch.tensor(0.0)):
+        assert torch.equal(h.soft_quantize(w, tau, g, codebook), Q)
+        assert torch.equal(h.soft_quantize_jacobian(w, tau, g, codebook), torch.zeros_like(w))
+    nearest = h.assignment_probs(w, 0.0, g, codebook)  # (rows, width, K), one 1 in each
+    assert torch.equal(gamma * rows_of((nearest * f64(codebook)).sum(-1), g), rows_of(Q, g))
+
+
+@for_all
+def test_H_and_Q_rise_with_w(data):
+    codebook, tau = one_of(data, *CODEBOOKS), some_tau(data)
+    gamma = 10.0 ** data.draw(st.integers(-30, 30)) * ONE
+    z = f64(sorted(data.draw(st.lists(st.floats(-3, 3), min_size=2, max_size=20))))
+    z = torch.cat([z, z.nextafter(f64(9))]).sort().values  # and neighbours, as close as numbers can be
+    H = h.soft_quantize(gamma[0] * z, tau, codebook=codebook, scale=gamma) / gamma[0]
+    assert (H.diff() >= -1e-14).all()  # up to rounding
+    Q = h.quantize(gamma[0] * z, codebook=codebook, scale=gamma) / gamma[0]
+    assert (Q.diff() >= 0).all()
+
+
+@for_all
+def test_H_and_Q_are_odd(data):
+    (w, g), codebook, tau = some_weights(data), one_of(data, *CODEBOOKS), some_tau(data, least=1e-45)
+    gamma = h.absmean_scale(w, g)
+    assert torch.equal(h.soft_quantize_jacobian(-w, tau, g), h.soft_quantize_jacobian(w, tau, g))
+    for f in (lambda w: h.soft_quantize(w, tau, g), lambda w: h.quantize(w, g)):
+        assert torch.equal(f(-w), -f(w))  # ternary: to the last bit, ties included
+    z = rows_of(w, g) / gamma
+    tie = torch.stack([(z - (a + b) / 2).abs() for a, b in zip(codebook, codebook[1:])]).amin(0) < 1e-9
+    for f in (lambda w: h.soft_quantize(w, tau, g, codebook), lambda w: h.quantize(w, g, codebook)):
+        odd = rows_of(f(-w) + f(w), g).abs() <= 1e-9 * gamma
+        assert (odd | tie).all()
+
+
+@for_all
+def test_groups_know_nothing_of_each_other(data):
+    dtype = one_of(data, torch.float64, torch.float32)
+    (w, _), codebook, tau = some_weights(data, dtype), one_of(data, *CODEBOOKS), some_tau(data)
+    g = w.shape[1]
+    order = data.draw(st.permutations(range(len(w))))
+    for f in (lambda w: h.quantize(w, g, codebook), lambda w: h.soft_quantize(w, tau, g, codebook),
+              lambda w: h.soft_quantize_jacobian(w, tau, g, codebook),
+              lambda w: h.assignment_probs(w, tau, g, codebook),
+              lambda w: h.effective_weight(w, tau, 0.25, g, codebook),
+              lambda w: h.dead_zone(w, w.abs() / 2, g, codebook)):  # fmt: skip
+        assert torch.equal(f(w[order]), f(w)[order])  # rows permuted
+        assert torch.equal(f(w[:1]), f(w)[:1])  # the others left out
+        assert torch.equal(f(w.view(-1)), f(w).view(-1, *f(w).shape[2:]))  # in another shape
+
+
+@for_all
+def test_H_scales_with_w(data):
+    (w, g), codebook, tau = some_weights(data), one_of(data, *CODEBOOKS), some_tau(data)
+    c = 2.0 ** data.draw(st.integers(-60, 60))  # exact in floating point
+    gamma = h.absmean_scale(w, g)
+    for f in (h.soft_quantize, lambda w, tau, *a, **k: h.effective_weight(w, tau, 0.75, *a, **k)):
+        assert torch.equal(f(c * w, tau, g, codebook, scale=c * gamma), c * f(w, tau, g, codebook, scale=gamma))
+    for f in (h.soft_quantize_jacobian, h.assignment_probs):
+        assert torch.equal(f(c * w, tau, g, codebook, scale=c * gamma), f(w, tau, g, codebook, scale=gamma))
+    assert torch.equal(h.absmean_scale(c * w, g, eps=c * 1e-8), c * gamma)
+
+
+@for_all
+def test_dead_zone_is_where_Q_stays(data):
+    (w, g), codebook = some_weights(data), one_of(data, *CODEBOOKS)
+    share = f64(data.draw(st.lists(st.floats(-2, 2), min_size=w.numel(), max_size=w.numel()))).view_as(w)
+    gamma = h.absmean_scale(w, g)
+    dw = (rows_of(share, g) * gamma).view_as(w)
+    same = h.quantize(w + dw, g, codebook, scale=gamma) == h.quantize(w, g, codebook, scale=gamma)
+    assert torch.equal(h.dead_zone(w, dw, g, codebook), same)
+    assert h.dead_zone(w, torch.zeros_like(w), g, codebook).all()
+    assert torch.equal(h.quantize_ste(w, g, codebook), h.quantize(w, g, codebook))
+
+
+@for_all
+def test_effective_weight_lies_between_W_and_H(data):
+    (w, g), codebook, tau = some_weights(data), one_of(data, *CODEBOOKS), some_tau(data)
+    H = h.soft_quantize(w, tau, g, codebook)
+    p = data.draw(st.floats(0, 1))
+    mixed = h.effective_weight(w, tau, p, g, codebook)
+    slack = 1e-15 * (w.abs() + H.abs())
+    assert (mixed >= torch.minimum(w, H) - slack).all() and (mixed <= torch.maximum(w, H) + slack).all()
+    assert torch.equal(h.effective_weight(w, tau, 0.0, g, codebook), w)
+    assert torch.equal(h.effective_weight(w, tau, 1.0, g, codebook), H)
+    assert torch.equal(h.effective_weight(w, tau, f64(p), g, codebook), h.effective_weight(w, tau, p, g, codebook))
+
+
+@for_all
+def test_pressure_and_temperature_are_monotone(data):
+    T, rho = data.draw(st.integers(1, 10**7)), data.draw(st.floats(0, 1))
+    tau_init, alpha = data.draw(st.floats(1e-6, 1e6)), data.draw(st.floats(-50, 50))
+    some = sorted({0, T - 1, T, *data.draw(st.lists(st.integers(0, T), max_size=20))})
+    p = [h.pressure(t, T, rho) for t in some]
+    tau = [h.base_temperature(t, T, rho, tau_init) for t in some]
+    assert p == sorted(p) and tau == sorted(tau, reverse=True)
+    assert all(0 <= x <= 1 for x in p) and all(0 <= x <= tau_init for x in tau)
+    assert p[-1] == 1.0 and tau[-1] == 0.0 and tau[-2] > 0 and tau[0] == tau_init
+    for t, p_t, tau_t in zip(some, p, tau):
+        assert (p_t == 1.0) == (t >= rho * T)
+        assert t > rho * T or t == T or tau_t == tau_init  # no cooling while compressing
+        low, high = sorted(data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
+        cool, warm = (h.temperature(t, T, rho, tau_init, s, alpha) for s in (low, high))
+        assert cool <= warm if alpha >= 0 else cool >= warm
+        assert h.temperature(t, T, rho, tau_init, 0.0, alpha) == tau_t
+
+
+@for_all
+def test_scores_keep_the_order_of_the_traces(data):
+    traces = dict(enumerate(data.draw(st.lists(st.floats(-30, 30).map(lambda x: 10.0**x), min_size=1, max_size=8))))
+    kappa, c = data.draw(st.floats(0, 10)), 10.0 ** data.draw(st.integers(-30, 30))
+    scores = h.sensitivity_scores(traces, kappa)
+    assert list(scores) == list(traces) and all(0 <= s <= 1 for s in scores.values())
+    order = sorted(traces, key=traces.get)
+    assert [scores[k] for k in order] == sorted(scores.values())
+    other = h.sensitivity_scores({k: c * x for k, x in reversed(traces.items())}, kappa)  # unit and order do not matter
+    assert other == pytest.approx(scores, abs=1e-5)
+    if len(traces) > 1:
+        assert min(scores.values()) <= 0.5 <= max(scores.values())
+
+
+def test_tau_init_does_not_depend_on_the_unit_of_the_weights():
+    w = randn(64, 64)
+    tau = h.optimal_tau_init(w, 8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for decade in (-5, 0, 10, 20, 30):  # below them epsilon is no longer small beside mean|w|
+            assert h.optimal_tau_init((w * 10.0**decade).to(dtype), 8) == pytest.approx(tau, rel=5e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
