@@ -1187,6 +1187,7 @@ def one_of_several(config):
             config.out, sys.stdout = str(Path(aside) / "run"), nowhere
         try:
             yield
+            torch.distributed.barrier()  # none leaves while another still listens to it
         finally:
             sys.stdout = screen
             torch.distributed.destroy_process_group()
@@ -1248,7 +1249,7 @@ def bench(arguments):
             print(f"round {turn}, {mode}:", *(f"{row['ms']:.2f} ms" for row in found), flush=True)
             if done.returncode:
                 failed, said = 1, done.stderr.splitlines()
-                why = next((line for line in said if "Error" in line), "".join(said[-1:]))
+                why = next((line for line in said if "Error:" in line or "Signal" in line), "".join(said[-1:]))
                 print(f"train_tiny.py: {mode} failed: {why}", file=sys.stderr, flush=True)
             rows += [{"round": turn, **row} for row in found]
             save_json(Path(args.out), rows)
@@ -1302,7 +1303,7 @@ def timed(device, *works, repeat=13):
 
 def ceilings(device, square):
     """TFLOP/s of a product of matrices like `square`, and GB/s of a copy, read and written bytes together."""
-    source = torch.ones(1 << (30 if device.type == "cuda" else 26), device=device)
+    source = torch.ones(1 << (30 if device.type == "cuda" else 25), device=device)
     target = torch.empty_like(source)
     product, copying = timed(device, lambda: square @ square.T, lambda: target.copy_(source))
     return 2e-9 * len(square) ** 3 / product, 8e-6 * len(source) / copying
@@ -1328,7 +1329,8 @@ def bench_passes(qat, device, square, now, copy_rate):
     weights, latents = list(qat.weights.values()), list(qat.latents.values())
     grads = [torch.randn_like(w) for w in weights]
 
-    ahead = lambda: [square @ square for _ in range(20)]  # a GPU is busy, and the host as far ahead as in training
+    queue = 20 if device.type == "cuda" else 0  # of products: the host is ahead of a GPU then, as it is in training
+    ahead = lambda: [square @ square for _ in range(queue)]
     def give(to, grads):
         for w, grad in zip(to, grads):
             w.grad = grad
@@ -1413,6 +1415,7 @@ def bench_worker(args):
         if rank == 0:
             print("result " + json.dumps(row), flush=True)
     if args.gpus > 1:
+        torch.distributed.barrier()  # none leaves while another still listens to it
         torch.distributed.destroy_process_group()
     return 0
 
