@@ -786,8 +786,9 @@ class Hestia:
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
-        fuse = (lambda f: torch.compile(f, dynamic=False)) if compile else (lambda f: f)
-        self._relax_some, self._pull_some = fuse(self._relax_some), fuse(self._pull_some)
+        if compile:
+            self._relax_some = torch.compile(self._relax_some, dynamic=False)
+            self._pull_some = torch.compile(self._pull_some, dynamic=False)
         self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None

@@ -20,6 +20,8 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import warnings
 import weakref
@@ -1252,7 +1254,99 @@ def test_state_dict_round_trip():
         h.Hestia(tiny_llama(), 10, group_size=8, method="absmean").load_state_dict(qat.state_dict())
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("group_size", [None, 8, "row"])
+def test_slopes_are_what_autograd_finds_in_the_printed_formulas(codebook, group_size):
+    w, G = randn(6, 16, seed=1), randn(6, 16, seed=2)
+    g = w.shape[-1] if group_size == "row" else group_size
+    gamma, q = h.absmean_scale(w, g), f64(codebook)
+    for p, tau in ((0.0, 0.3), (0.4, 0.3), (0.4, 0.02), (1.0, 0.3), (1.0, 1e-3)):
+        x = w.clone().requires_grad_()
+        z = (h._groups(x, g) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+        H = gamma * (torch.softmax(-((z - q) ** 2) / tau, -1) * q).sum(-1)
+        W_eff = (1 - p) * x + p * H.view_as(x)
+        expected = torch.autograd.grad(W_eff, x, G)[0]
+        for numbers in ((p, tau), (f64(p), f64(tau))):
+            s = h.Step(*numbers, g, codebook)
+            torch.testing.assert_close(h._relax_hestia(w, s), W_eff.detach(), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(h.SLOPES[h._relax_hestia](w, s) * G, expected, rtol=1e-7, atol=1e-10)
+            narrow = h.SLOPES[h._relax_hestia](w.float(), s) * G.float()
+            torch.testing.assert_close(narrow.double(), expected, rtol=1e-3, atol=1e-3)
+    for tau in (0.0, f64(0.0)):  # hard: dH/dw is 0, and the slope what is left of the identity
+        s = h.Step(0.4, tau, g, codebook)
+        assert torch.equal(h._relax_hestia(w, s), 0.6 * w + 0.4 * h.quantize(w, g, codebook))
+        assert (h.SLOPES[h._relax_hestia](w, s) == 0.6).all()
+
+
+@pytest.mark.parametrize("method", ["full", "absmean", "hestia", "hestia-2bit"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_closed_form_passes_equal_those_through_a_graph(method, dtype, monkeypatch):
+    found = []
+    for slopes in (h.SLOPES, {}):  # without its slope a method goes through autograd
+        monkeypatch.setattr(h, "SLOPES", slopes)
+        model = tiny_llama().float()
+        qat = h.Hestia(model, 10, method=method, group_size=8, dtype=dtype)
+        for t in (1, 7):
+            qat.relax(t)
+            assert all(effective is None for _, _, effective in qat.relaxed) == bool(slopes)
+            for k, w in enumerate(list(qat.weights.values())[1:]):  # one that the loss does not reach
+                w.grad = randn(*w.shape, seed=k).to(w.dtype)
+            qat.pull_back()
+            found.append([(w.detach().clone(), qat.latents[name].grad) for name, w in qat.weights.items()])
+            assert qat.latents[next(iter(qat.weights))].grad is None
+            assert all(w.grad is None for w in qat.weights.values())
+    for closed, graph in zip(found[:2], found[2:]):
+        torch.testing.assert_close(closed, graph)
+
+
+def test_compiled_passes_equal_the_readable_ones_and_nothing_compiles_after_the_first_step(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain_compile = torch.compile  # graphs are captured as for the default back end, and run without a C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, **kind: plain_compile(f, backend="aot_eager", **kind))
+    config = h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = h.Llama(config)
+    twin, tokens, seen, steps = copy.deepcopy(model), torch.randint(0, 64, (2000,)), [], 8
+    scores = {name: k / 14 for k, name in enumerate(h.Hestia(model, 1, group_size=16).weights)}
+
+    def on_step(t, record):  # p, tau and the learning rate are others at every step
+        seen.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+
+    logs = []
+    for module, compile in ((model, True), (twin, False)):
+        qat = h.Hestia(module, steps, group_size=16, scores=scores, tau_init=0.3, compile=compile)
+        fast = torch.compile(module) if compile else module
+        logs.append(h.train(fast, tokens, steps=steps, batch_size=4, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                            micro_batches=2, on_step=on_step if compile else None))  # fmt: skip
+    # the model, relax and pull_back for eight tensors of a shape, and for the six that remain: no graph after step 0
+    assert seen[0] == (5, 0) and set(seen) == {seen[0]}
+    for key in ("loss", "grad_norm", "grad_norm_latent", "tau_max"):
+        assert [r[key] for r in logs[0]] == pytest.approx([r[key] for r in logs[1]], rel=1e-3)
+
+
+@needs_compiler
+def test_compiled_slopes():
+    w, G = randn(6, 16, seed=1, dtype=torch.float32), randn(6, 16, seed=2, dtype=torch.float32)
+
+    def both(p, tau):
+        steps = [h.Step(p, tau, g, codebook) for g, codebook in ((None, h.TERNARY), (8, h.TERNARY), (8, h.TWO_BIT))]
+        return [x for s in steps for x in (h._relax_hestia(w, s), G * h.SLOPES[h._relax_hestia](w, s))]
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=False)
+    for p, tau in ((0.0, 0.3), (0.4, 0.02), (1.0, 0.3), (1.0, 0.0)):
+        with torch.no_grad():
+            found = compiled(torch.tensor(p), torch.tensor(tau))
+            torch.testing.assert_close(found, both(p, tau), rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
 def test_a_compiled_model_sees_the_effective_weights_and_a_changed_dtype():
     model = h.Llama(h.LlamaConfig(vocab_size=17, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                                   num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
@@ -1639,6 +1733,96 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         h.train(model, tokens, steps=10, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison,
                 name="absmean run")  # fmt: skip
     assert all(torch.equal(w, good[name]) for name, w in qat.latents.items())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_even_if_nobody_looks(monkeypatch):
+    monkeypatch.setattr(h.math, "isfinite", lambda x: True)  # as on a GPU, where the host looks one step later
+    model = tiny_llama().float()
+    tokens = torch.randint(0, 17, (200,))
+    qat, kept = h.Hestia(model, 6, method="absmean", group_size=4), {}
+
+    def poison(t, record):
+        kept[t] = {name: w.detach().clone() for name, w in qat.latents.items()}
+        model.model.norm.weight.data.fill_(math.inf if t in (1, 2) else 1.0)
+
+    log = h.train(model, tokens, steps=6, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison, log_every=1)
+    assert [t for t, r in enumerate(log) if r["loss"] != r["loss"]] == [2, 3]
+    same = [all(torch.equal(kept[t][n], kept[t - 1][n]) for n in kept[t]) for t in range(1, 6)]
+    assert same == [False, True, True, False, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [None, "full", "absmean", "hestia"])
+def test_no_step_waits_for_the_gpu_and_divergence_is_still_seen(method):
+    model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1)).cuda()  # fmt: skip
+    qat = method and h.Hestia(model, 12, method=method, group_size=16, dtype=torch.bfloat16, compile=True)
+    trained = qat.latents if qat else {k: p for k, p in model.named_parameters() if "norm" not in k}
+    tokens, kept = torch.randint(0, 64, (2000,)), {}
+
+    def on_step(t, record):
+        torch.cuda.set_sync_debug_mode("error" if t < 9 else "default")  # what waits between here and there raises
+        if t == 6:
+            kept.update({name: p.detach().clone() for name, p in trained.items()})
+            model.model.norm.weight.data.fill_(math.inf)
+
+    try:
+        with pytest.raises(h.Diverged, match="at step 7 of 12"):
+            h.train(torch.compile(model), tokens, steps=12, batch_size=8, block_size=16, lr=1e-3, qat=qat,
+                    micro_batches=2, log_every=12, on_step=on_step)  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(p, kept[name]) for name, p in trained.items())
+
+
+DDP_RUN = """
+import json, sys, torch
+import hestia as h
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=1))
+tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
+logs = []
+for method, shard in (("hestia", False), ("lsq", True)):
+    torch.manual_seed(0)
+    model = h.Llama(model.config)
+    qat = h.Hestia(model, 50, method=method, group_size=16)
+    fast = torch.nn.parallel.DistributedDataParallel(model)
+    logs.append(h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                        micro_batches=2, shard_optimizer=shard))
+with torch.no_grad():
+    next(iter(qat.latents.values())).add_(torch.distributed.get_rank())
+try:
+    h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, name="uneven")
+except RuntimeError as error:
+    logs.append(str(error))
+if torch.distributed.get_rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(logs))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
+    script, out = tmp_path / "ddp_run.py", tmp_path / "logs.json"
+    script.write_text(DDP_RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script), str(out)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *logs, error = json.loads(out.read_text())
+    assert error == "uneven: the processes hold different weights or scores; give all the same seed and files"
+    for method, log in zip(("hestia", "lsq"), logs):
+        torch.manual_seed(0)
+        model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+        tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
+        qat = h.Hestia(model, 50, method=method, group_size=16)
+        alone = h.train(model, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                        micro_batches=4)  # fmt: skip
+        assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in alone], abs=1e-4)
 
 
 def test_generate():
@@ -2702,6 +2886,42 @@ def test_two_bit_and_binary_runs_save_and_read_back(text, tmp_path):
     assert train_tiny.main(arguments) == 0  # it compares the loss before saving with the one after reading back
     table = json.loads((out / "results.json").read_text())["table"]
     assert table["hestia-2bit"]["on_grid"] == table["hestia-binary"]["on_grid"] == [1.0, None]
+
+
+def test_the_bench_measures_every_mode(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    arguments = shlex.split("--bench --rounds 1 --steps 1 --micro 1 --accumulate 1 --block-size 16 --no-compile")
+    assert train_tiny.main([*arguments, "--out", str(out), "--modes", "full"]) == 0
+    assert len(json.loads(out.read_text())) == 1 and "| full precision" in capsys.readouterr().out
+    for mode in ("absmean", "hestia", "naive", "plain", "passes"):  # what it does in processes of their own
+        assert train_tiny.main([*arguments, "--worker", mode]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {row["mode"]: row for row in (json.loads(line.removeprefix("result ")) for line in lines)}
+    assert len(rows) == 4 + 3 and all(row["ms"] > 0 for row in rows.values())
+    assert all(0 < rows[m]["of_matrix_rate"] < 1 for m in ("absmean", "hestia", "naive", "plain"))
+    assert train_tiny.main(["--bench", "--modes", "magic"]) == 2
+
+
+def test_the_naive_forward_of_the_bench_is_hestias():
+    linear = nn.Linear(16, 4, bias=False)
+    linear.__class__, linear.group_size = train_tiny.NaiveLinear, 8
+    linear.now = torch.tensor([0.4, 0.3, *h.TERNARY])
+    torch.testing.assert_close(linear(torch.eye(16)), h.effective_weight(linear.weight, 0.3, 0.4, 8).T)
+
+
+def test_torchrun_shares_the_batches_and_changes_nothing_else(text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(train_tiny.__file__).resolve())
+    arguments = ["--data", text, *TINY, "--methods", "hestia"]
+    done = subprocess.run([*command, script, *arguments, "--out", str(tmp_path / "two"), "--shard"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    tables = [json.loads((tmp_path / run / "results.json").read_text())["table"]["hestia"] for run in ("one", "two")]
+    assert tables[0]["val"][0] == pytest.approx(tables[1]["val"][0], abs=2e-3)
 
 
 def test_without_out_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):

@@ -4,6 +4,8 @@
     python train_tiny.py --preset gpu                # the same at 1.7 M parameters and three seeds, on a GPU
     python train_tiny.py --data my.txt --methods full absmean hestia --seeds 3
     python train_tiny.py --llama Llama-3.2-1B --data my.txt      # a trained Llama in, a ternary one out
+    torchrun --nproc-per-node 2 train_tiny.py ...                # the same, every batch shared by two GPUs
+    python train_tiny.py --bench --llama 1b                      # what a step costs (section 5.5); see --bench --help
 
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
@@ -30,6 +32,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import warnings
@@ -98,6 +101,7 @@ class Config:
     eval_tokens: int = option("tokens of each split on which the table's losses are measured; 0: all", 65536, 524288)
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
+    shard: bool = option("under torchrun: each process keeps only its share of AdamW's state", False)
     show: str = option("only print the tables of this results.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
     jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
@@ -625,9 +629,18 @@ class Saved:
 
     def __call__(self, t, state):
         """After each step: save if it is time, stop if that was asked for."""
-        asked, signals.asked = signals.asked, None
-        if asked or time.monotonic() - self.clock >= self.every:
-            self.write(self.last, {**state(), "best": self.loss})
+        asked, due = signals.asked or 0, time.monotonic() - self.clock >= self.every
+        if torch.distributed.is_initialized():  # all at the same step, which takes a message: every tenth
+            if t % 10 < 9:
+                return
+            said = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(said, (asked, due))
+            asked, due = max(a for a, _ in said), any(d for _, d in said)
+        signals.asked = None
+        if asked or due:
+            now = {**state(), "best": self.loss}  # of which every process has a share
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                self.write(self.last, now)
             self.clock = time.monotonic()
         if asked:
             raise Interrupted(asked)
@@ -656,6 +669,8 @@ def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=No
             reporter.write(record)
         if snapshots:
             snapshots.take(state["snapshots"])
+    if torch.distributed.is_initialized():
+        model = in_parallel(model, qat)
 
     def trained(t):
         """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
@@ -697,6 +712,7 @@ def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=No
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
             val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn, save=save, state=state,
+            shard_optimizer=config.shard,
         )  # fmt: skip
     except hestia.Diverged as error:
         path = study.folder / f"last-good-{file_name(name, seed)}.pt"
@@ -1193,14 +1209,14 @@ def expected_memory(config, model):
     rest = sum(p.numel() for p in model.parameters()) - n
     narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
     # what a method's graph keeps of each weight from relax to pull_back, in bytes, where it was measured
-    saved = {"absmean": 0, "full": 0, "hestia": 4, "hestia-no-hessian": 4, "fairy2i-hestia": 52}
-    graph = max(saved.get(method.partition(":")[0], 20) for method in config.methods)
+    graph = max(0 if plots.quantizer(m).relax in hestia.SLOPES else 52 if m == "fairy2i-hestia" else 20
+                for m in config.methods)  # fmt: skip
     weights = n * (4 + 8 + 4 + 4 + 4 + graph) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last
     tokens = config.batch_size // config.micro_batches * config.block_size
     layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
     kept = tokens * narrow * c.hidden_size * c.num_hidden_layers + layer if config.checkpointing else (
         layer * c.num_hidden_layers)  # fmt: skip
-    logits = 3 * 4 * min(1 << 24, tokens * c.vocab_size)
+    logits = 2 * 2 * tokens * c.vocab_size if cuda and config.compile else 3 * 4 * min(1 << 24, tokens * c.vocab_size)
     gib = (weights + kept + logits) / 2**30
     have = torch.cuda.get_device_properties(config.device).total_memory / 2**30 if cuda else math.inf
     if gib > have:
@@ -1410,7 +1426,7 @@ def run(config):
         print(expected_memory(config, study.model), flush=True)
     study.read()
     facts = study.facts
-    passing = ("resume", "jobs", "show", "strict", "save_minutes")  # they change nothing of the result
+    passing = ("resume", "jobs", "show", "strict", "save_minutes", "shard")  # they change nothing of the result
     about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in passing}, "data": facts}
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
@@ -1497,11 +1513,275 @@ def commit():
         return None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# data parallel: torchrun starts this script once per GPU; all do the same, and share every training batch
+
+
+@contextmanager
+def one_of_several(config):
+    """Under torchrun: join the other processes. All but the first are silent and write to a folder that is removed."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    cuda = torch.cuda.is_available() and not config.device.startswith("cpu")
+    if cuda:
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(config.device)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    screen = sys.stdout
+    with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere:
+        if torch.distributed.get_rank():
+            if config.resume and Path(config.out).is_dir():
+                shutil.copytree(config.out, Path(aside) / "run")
+            config.out, sys.stdout = str(Path(aside) / "run"), nowhere
+        torch.distributed.barrier()  # the first process changes nothing before all have copied what it has
+        try:
+            yield
+            torch.distributed.barrier()  # none leaves while another still listens to it
+        finally:
+            sys.stdout = screen
+            torch.distributed.destroy_process_group()
+
+
+def in_parallel(model, qat):
+    """The model wrapped in DDP; the first process's scores and temperature for all, as estimates differ by rounding."""
+    if qat:
+        settings = [qat.tau_init, qat.scores]
+        torch.distributed.broadcast_object_list(settings)
+        qat.tau_init, qat.scores = settings
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# section 5.5 as a command: what a step costs, every mode in processes of its own, which take turns
+
+MODES = {"full": "full precision, narrow copy once per step", "absmean": "AbsMean STE", "hestia": "HESTIA",
+         "naive": "HESTIA, softmax in every forward", "plain": "float32 weights, autocast on a GPU",
+         "passes": "relax and pull_back alone"}  # fmt: skip
+SHAPES = {"1b": {}, "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}}
+
+
+def bench_options(arguments):
+    cuda = torch.cuda.is_available()
+    parser = Parser(prog="train_tiny.py --bench", description="Section 5.5: what a training step costs.")
+    for name, default, help in (
+        ("llama", "", "1b or 3b (random weights), or a folder; default: the tiny model"),
+        ("modes", list(MODES), "of " + ", ".join(MODES)), ("micro", 8 if cuda else 32, "sequences per micro-batch"),
+        ("accumulate", [1, 4], "micro-batches per step and process"), ("group-size", 128 if cuda else 64, "per scale"),
+        ("block-size", 1024 if cuda else 128, "tokens per sequence"), ("rounds", 3, "how often the modes take turns"),
+        ("steps", 20 if cuda else 8, "steps that are timed, after five others"), ("gpus", 1, "that share every batch"),
+        ("shard", False, "with --gpus: AdamW's state in shares"), ("checkpointing", False, "of activations, by layer"),
+        ("compile", cuda, "torch.compile"), ("out", "bench.json", "results are added to those that are there"),
+        ("worker", "", argparse.SUPPRESS),
+    ):  # fmt: skip
+        several, flag = isinstance(default, list), isinstance(default, bool)
+        kind = {"type": type(default[0] if several else default), "nargs": "+" if several else None}
+        kind = {"action": argparse.BooleanOptionalAction} if flag else kind
+        parser.add_argument("--" + name, default=default, help=help, **kind)
+    return parser.parse_args(arguments)
+
+
+def bench(arguments):
+    """Runs every mode `rounds` times; --out gets what each measured, the screen a table of all that is there."""
+    args, failed = bench_options(arguments), 0
+    if args.worker:
+        return bench_worker(args)
+    if unknown := set(args.modes) - set(MODES):
+        raise InputError(f"--modes: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(MODES)}")
+    rows = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else []
+    first = 1 + max((row["round"] for row in rows), default=-1)
+    for turn in range(first, first + args.rounds):
+        for mode in args.modes:
+            many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"] * (args.gpus > 1)
+            command = [sys.executable, *many, __file__, *arguments, "--bench", "--worker", mode]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("result ")]
+            print(f"round {turn}, {mode}:", *(f"{row['ms']:.2f} ms" for row in found), flush=True)
+            if done.returncode:
+                failed, said = 1, done.stderr.splitlines()
+                why = next((line for line in said if "Error:" in line or "Signal" in line), "".join(said[-1:]))
+                print(f"train_tiny.py: {mode} failed: {why}", file=sys.stderr, flush=True)
+            rows += [{"round": turn, **row} for row in found]
+            save_json(Path(args.out), rows)
+    print_bench(rows)
+    return failed
+
+
+def print_bench(rows):
+    """Medians over the rounds [least, largest]; a ratio compares two runs of one round."""
+    cell = lambda x, form: f"{np.median(x):{form}} [{min(x):{form}}, {max(x):{form}}]" if x else "-"
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        here = [row for row in rows if row["setting"] == setting]
+        full = {row["round"]: row["ms"] for row in here if row["mode"] == "full"}
+        print(f"\n{setting}\n\n| | ms | over full precision | tokens/s | model TFLOP/s | of the matrix rate | of the "
+              "copy rate | GiB |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+        for mode in dict.fromkeys(row["mode"] for row in here):
+            of = lambda key, mode=mode, here=here: [row[key] for row in here if row["mode"] == mode and key in row]
+            ratio = [r["ms"] / full[r["round"]] for r in here if r["mode"] == mode and r["round"] in full]
+            cells = [cell(of(key), form) for key, form in (("tokens_per_s", ".0f"), ("tflops", ".4g"),
+                     ("of_matrix_rate", ".1%"), ("of_copy_rate", ".1%"), ("GiB", ".2f"))]  # fmt: skip
+            print("|", " | ".join([MODES.get(mode, mode), cell(of("ms"), ".2f"), cell(ratio, ".3f"), *cells]), "|")
+
+
+def clock(device):
+    """Now, on the device's own clock, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a, b):
+    """Milliseconds from one clock() to another."""
+    if isinstance(a, float):
+        return 1e3 * (b - a)
+    b.synchronize()
+    return a.elapsed_time(b)
+
+
+def timed(device, *works, repeat=13):
+    """Median milliseconds of each work, done in turns; the first three turns are left out."""
+    turns = []
+    for _ in range(repeat):
+        turns.append([clock(device)])
+        for work in works:
+            work()
+            turns[-1].append(clock(device))
+    return [float(np.median([between(t[k], t[k + 1]) for t in turns[3:]])) for k in range(len(works))]
+
+
+def ceilings(device, square):
+    """TFLOP/s of a product of matrices like `square`, and GB/s of a copy, read and written bytes together."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 25), device=device)
+    target = torch.empty_like(source)
+    product, copying = timed(device, lambda: square @ square.T, lambda: target.copy_(source))
+    return 2e-9 * len(square) ** 3 / product, 8e-6 * len(source) / copying
+
+
+def softmax_per_forward(w, p, tau, q, group_size):
+    """Eqs. (7)-(9) as printed, by a softmax over a stacked codebook."""
+    gamma = hestia.absmean_scale(w, group_size)  # (n_groups, 1)
+    z = (w.view(-1, group_size) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+    pi = torch.softmax(-((z - q) ** 2) / tau, -1)  # (n_groups, g, 3)
+    return (1 - p) * w + p * (gamma * (pi * q).sum(-1)).view_as(w)
+
+
+class NaiveLinear(torch.nn.Linear):
+    def forward(self, x):
+        w = softmax_per_forward(self.weight, self.now[0], self.now[1], self.now[2:], self.group_size)
+        return torch.nn.functional.linear(x, w)
+
+
+def bench_passes(qat, device, square, now, copy_rate):
+    """relax and pull_back alone: W and the gradient read once, what they give written once, over time; and autograd
+    through a softmax over a stacked codebook, in eager mode."""
+    weights, latents = list(qat.weights.values()), list(qat.latents.values())
+    grads = [torch.randn_like(w) for w in weights]
+
+    queue = 20 if device.type == "cuda" else 0  # of products: the host is ahead of a GPU then, as it is in training
+    ahead = lambda: [square @ square for _ in range(queue)]
+    def give(to, grads):
+        for w, grad in zip(to, grads):
+            w.grad = grad
+
+    def stacked():
+        for w, grad in zip(latents, grads):
+            softmax_per_forward(w, now[0], now[1], now[2:], qat.group_size).to(grad.dtype).backward(grad)
+
+    _, relax, _, pull = timed(device, ahead, lambda: qat.relax(1), lambda: give(weights, grads), qat.pull_back)
+    _, naive = timed(device, lambda: give(latents, [None] * len(latents)), stacked, repeat=6)
+    n, narrow = sum(w.numel() for w in latents), weights[0].element_size()
+    share = lambda size, ms: {"ms": ms, "of_copy_rate": 1e-6 * n * size / ms / copy_rate}
+    return [{"mode": "relax alone", **share(4 + narrow, relax)}, {"mode": "pull_back alone", **share(8 + narrow, pull)},
+            {"mode": "both by a stacked softmax, eager", **share(12 + 2 * narrow, naive)}]  # fmt: skip
+
+
+def bench_worker(args):
+    """One mode in this process: prints a line "result {...}" for every accumulation. Random weights and tokens."""
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    cuda, mode, rank = torch.cuda.is_available(), args.worker, int(os.environ.get("RANK", 0))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch.cuda.set_device(device) if cuda else torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if cuda else torch.randn(1024, 1024)
+    matrix_rate, copy_rate = ceilings(device, square)
+    if args.llama and args.llama not in SHAPES:
+        model = hestia.load_llama(args.llama, torch.float32, device)
+    else:
+        with device:
+            model = hestia.Llama(hestia.LlamaConfig(**SHAPES[args.llama]) if args.llama else model_config(parse([])))
+    model.checkpointing, c, is_target = args.checkpointing, model.config, hestia._is_target(model)
+    linears = [module for name, module in model.named_modules() if is_target(name, module)]
+    flops = 6 * sum(m.weight.numel() for m in (*linears, model.lm_head))
+    flops += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * args.block_size  # causal attention
+    steps, qat = args.steps + 6, None  # five to warm up, and the last, which is logged
+    now = torch.tensor([0.5, 0.3, *hestia.TERNARY], device=device)  # p, tau and the codes
+    if mode == "naive":
+        for module in linears:
+            module.__class__, module.now, module.group_size = NaiveLinear, now, args.group_size
+    elif mode != "plain":
+        qat = hestia.Hestia(model, steps, method="hestia" if mode == "passes" else mode, group_size=args.group_size,
+                            tau_init=0.3, dtype=torch.bfloat16 if cuda else None, compile=args.compile)  # fmt: skip
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    setting = (f"{args.gpus} x {name}, torch {torch.__version__}, {args.llama or 'tiny'}{', compiled' * args.compile}"
+               f"{', checkpointing' * args.checkpointing}{', shards' * args.shard}")  # fmt: skip
+    about = {"mode": mode, "setting": setting, "matrix_tflops": matrix_rate, "copy_gb_per_s": copy_rate}
+    if mode == "passes":
+        for row in bench_passes(qat, device, square, now, copy_rate) if rank == 0 else ():
+            print("result " + json.dumps({**about, **row}))
+        return 0
+    fast = torch.compile(model) if args.compile else model
+    if args.gpus > 1:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        fast = in_parallel(fast, qat)
+    tokens = torch.randint(c.vocab_size, (1 << 20,), dtype=torch.int32)  # on the host, where a long text would be
+    for accumulate in args.accumulate:
+        marks, peak = [], 0.0
+
+        def on_step(t, record, marks=marks):
+            nonlocal peak
+            marks.append(clock(device))
+            p, tau = hestia.pressure(t, steps, 0.2), hestia.temperature(t, steps, 0.2, 0.3, 0.0, 0.0)
+            now[:2].copy_(torch.tensor([p, tau]), non_blocking=True)
+            if cuda and t == 4:
+                torch.cuda.reset_peak_memory_stats()
+            if t == steps - 2:
+                peak = (torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
+
+        batch = args.micro * accumulate * args.gpus
+        hestia.train(
+            fast, tokens, steps=steps, batch_size=batch, block_size=args.block_size, lr=1e-4, qat=qat, on_step=on_step,
+            micro_batches=accumulate, log_every=steps, shard_optimizer=args.shard,
+        )  # fmt: skip
+        laps = [between(a, b) for a, b in zip(marks[4:-1], marks[5:-1])]
+        ms = float(np.median(laps))
+        rate = 1e3 * batch * args.block_size / ms
+        row = {**about, "setting": f"{setting}, {args.micro} x {args.block_size} tokens x {accumulate}", "ms": ms,
+               "laps": laps, "tokens_per_s": rate, "tflops": 1e-12 * rate * flops, "GiB": peak,
+               "of_matrix_rate": 1e-12 * rate * flops / args.gpus / matrix_rate}  # fmt: skip
+        if rank == 0:
+            print("result " + json.dumps(row), flush=True)
+    if args.gpus > 1:
+        torch.distributed.barrier()  # none leaves while another still listens to it
+        torch.distributed.destroy_process_group()
+    return 0
+
+
 def main(arguments=None):
-    config = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with signals, warnings.catch_warnings():
-            show(config.show) if config.show else run(config)
+            if "--bench" in arguments:
+                return bench([word for word in arguments if word != "--bench"])
+            config = parse(arguments)
+            if config.show:
+                show(config.show)
+                return 0
+            with one_of_several(config):
+                run(config)
     except Trouble as error:
         print(f"train_tiny.py: {error} (an error because of --strict)", file=sys.stderr)
         return 1
