@@ -2924,6 +2924,25 @@ def test_torchrun_shares_the_batches_and_changes_nothing_else(text, tmp_path):
     assert tables[0]["val"][0] == pytest.approx(tables[1]["val"][0], abs=2e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ([], ["--shard"]), ids=("whole", "shard"))
+def test_two_processes_that_are_killed_go_on(more, text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(Path(train_tiny.__file__).resolve()), "--data", text, *TINY, "--methods", "hestia", "--steps", "60",
+               "--save-minutes", "0", *more, "--out"]  # fmt: skip
+    assert subprocess.run([*command, str(tmp_path / "undisturbed")], capture_output=True).returncode == 0
+    run = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "runs" / "hestia-seed0-last.pt").exists():
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=True)  # torchrun, and what it has started
+    run.wait()
+    done = subprocess.run([*command, str(tmp_path / "run"), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hestia goes on from step" in done.stdout
+    got, expected = outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed")
+    assert {**got, "files": 0} == {**expected, "files": 0}
+
+
 def test_without_out_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = train_tiny.parse([])
