@@ -2700,7 +2700,7 @@ def killed_until_done(arguments, folder, seconds, seed):
     """Run in processes that are killed at random moments, and resumed, until one ends. Returns how many were killed."""
     context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(seed), 0
     context.set_forkserver_preload(["train_tiny"])
-    while not (folder / "results.json").exists():
+    while not (folder / "overview.png").exists():  # the last file
         resume = ["--resume"] if (folder / "config.json").exists() else []
         if folder.exists() and not resume:
             shutil.rmtree(folder)  # killed before it had begun
