@@ -359,12 +359,12 @@ def check_tokenizer(tokenizer, model, path):
 def tokenized(text, tokenizer, config):
     """Token ids of a text, int32, from a memory-mapped file that is written once per text and tokenizer.
 
-    Long texts are cut before tokenizing: at the end of a line that is not followed by white space, every 256 kB or so.
+    Long texts are cut before tokenizing: at a single line break between other characters, every 256 kB or so.
     """
     key = hashlib.sha256(tokenizer.to_str().encode() + b"\0" + text).hexdigest()[:24]
     path = (Path(config.out).parent if config.out else Path("out")) / "tokens" / f"{key}.npy"
     if not path.exists():
-        line, cuts = re.compile(rb"\n(?=\S)"), [0]
+        line, cuts = re.compile(rb"(?<=\S)\n(?=\S)"), [0]
         while found := line.search(text, cuts[-1] + (1 << 18)):
             cuts.append(found.start() + 1)
         pieces = [text[a:b].decode("utf-8") for a, b in zip(cuts, [*cuts[1:], len(text)])]
@@ -544,7 +544,7 @@ def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, v
     log_every = max(1, steps // 40)
     snapshots = Snapshots(qat, log_every) if qat else None
     plain = getattr(model, "_orig_mod", model)  # under torch.compile
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         model = in_parallel(model, qat)
 
     def trained():
