@@ -843,7 +843,7 @@ class Hestia:
             rows = torch.tensor([[s.p, 0, 0, 0, s.tau, 0, 0, 0] for s in steps.values()])  # (tensors, 8)
             rows = rows.to(next(iter(self.latents.values())).device, non_blocking=True)
             steps = {name: s._replace(p=row[0], tau=row[4]) for (name, s), row in zip(steps.items(), rows)}
-        self.relaxed = []
+        relaxed = []
         for names in self._chunks():
             latents, own, shown = [[x[n] for n in names] for x in (self.latents, self.own, self.weights)]
             now = [steps[n] for n in names]
@@ -851,7 +851,8 @@ class Hestia:
                 effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
             for x, new in zip((*shown, *(self.biases[n] for n in names if self.biases)), effective):
                 x.data, x.grad = new.detach(), None  # the map's own output: no copy
-            self.relaxed.append((names, now, None if self.slope else effective))
+            relaxed.append((names, now, None if self.slope else effective))
+        self.relaxed = relaxed
 
     def pull_back(self):
         """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the model's gradients to the latents'. Clears the former."""
@@ -1800,9 +1801,7 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
     else:
         optimizer = torch.optim.AdamW(groups, **settings)
-    alike = lambda: _check_alike(trained, (qat.tau_init, qat.scores) if qat else None, name)
-    if world > 1:
-        alike()
+    _check_alike(trained, qat, world, name)
     pinned = lambda x: x.pin_memory() if device.type == "cuda" != x.device.type else x  # sent without a wait
     norm = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     codes, log, rest = qat.codes() if qat else {}, [], qat.rest if qat else trained
@@ -1910,8 +1909,7 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             on_step(t, record)
         if save:
             save(t, everything)
-    if world > 1:
-        alike()
+    _check_alike(trained, qat, world, name)
     return log
 
 
@@ -1924,13 +1922,15 @@ def _random_state(device, state=None):
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
-def _check_alike(tensors, settings, name):
-    """RuntimeError unless all processes hold the same bits and settings."""
-    mine = [int(x.detach().flatten().view(torch.int16).sum(dtype=torch.int64)) for x in tensors], settings
-    everywhere = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, mine)
-    if any(other != mine for other in everywhere):
-        raise RuntimeError(f"{name}: the processes hold different weights or scores; give all the same seed and files")
+def _check_alike(tensors, qat, world, name):
+    """RuntimeError unless all processes hold the same bits, scores and temperature."""
+    if world > 1:
+        sums = [int(x.detach().flatten().view(torch.int16).sum(dtype=torch.int64)) for x in tensors]
+        everywhere, mine = [None] * world, (sums, qat and (qat.scores, qat.tau_init))
+        dist.all_gather_object(everywhere, mine)
+        if any(other != mine for other in everywhere):
+            raise RuntimeError(f"{name}: the processes hold different weights or scores; give all the same seed and "
+                               "files")  # fmt: skip
 
 
 @torch.no_grad()

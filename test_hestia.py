@@ -2605,6 +2605,7 @@ def test_long_text_is_tokenized_in_pieces_as_in_one(tmp_path, capsys):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = Path(h.__file__).read_text() * 12
+    text = text[: (1 << 18) - 1] + "x\n\n\nx" + text[1 << 18 :]  # line breaks where the first cut would be
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=500, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
     )

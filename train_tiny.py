@@ -374,12 +374,12 @@ def check_tokenizer(tokenizer, model, path):
 def tokenized(text, tokenizer, config):
     """Token ids of a text, int32, from a memory-mapped file that is written once per text and tokenizer.
 
-    Long texts are cut before tokenizing: at the end of a line that is not followed by white space, every 256 kB or so.
+    Long texts are cut before tokenizing: at a single line break between other characters, every 256 kB or so.
     """
     key = hashlib.sha256(tokenizer.to_str().encode() + b"\0" + text).hexdigest()[:24]
     path = (Path(config.out).parent if config.out else Path("out")) / "tokens" / f"{key}.npy"
     if not path.exists():
-        line, cuts = re.compile(rb"\n(?=\S)"), [0]
+        line, cuts = re.compile(rb"(?<=\S)\n(?=\S)"), [0]
         while found := line.search(text, cuts[-1] + (1 << 18)):
             cuts.append(found.start() + 1)
         pieces = [text[a:b].decode("utf-8") for a, b in zip(cuts, [*cuts[1:], len(text)])]
@@ -630,7 +630,8 @@ class Saved:
     def __call__(self, t, state):
         """After each step: save if it is time, stop if that was asked for."""
         asked, due = signals.asked or 0, time.monotonic() - self.clock >= self.every
-        if torch.distributed.is_initialized():  # all at the same step, which takes a message: every tenth
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several:  # all at the same step, which takes a message: every tenth
             if t % 10 < 9:
                 return
             said = [None] * torch.distributed.get_world_size()
@@ -639,7 +640,7 @@ class Saved:
         signals.asked = None
         if asked or due:
             now = {**state(), "best": self.loss}  # of which every process has a share
-            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            if not several or torch.distributed.get_rank() == 0:
                 self.write(self.last, now)
             self.clock = time.monotonic()
         if asked:
@@ -669,7 +670,7 @@ def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=No
             reporter.write(record)
         if snapshots:
             snapshots.take(state["snapshots"])
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
         model = in_parallel(model, qat)
 
     def trained(t):
