@@ -2992,3 +2992,27 @@ def test_the_transformers_loop_in_the_readme_runs():
     assert h.QUANTIZERS.pop("half").label == "half of each group"
     for w in qat.weights.values():
         assert all(len(group.abs().unique()) <= 2 for group in w.detach().reshape(-1, 32))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# notebooks
+
+NOTEBOOKS = sorted((Path(__file__).parent / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_kept_executed_whole_and_small(path):
+    cells = json.loads(path.read_text())["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert len(cells) <= 25 and path.stat().st_size <= 500_000
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))  # once, from top to bottom
+    for output in (output for cell in code for output in cell["outputs"]):
+        assert output["output_type"] != "error" and output.get("name") != "stderr"
+
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    for label, target in re.findall(r"\[([^]]*)\]\(([^)]*)\)", text):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+        module = {"../hestia.py": h, "../train_tiny.py": train_tiny, "../plots.py": plots}.get(target)
+        if module and label.startswith("`") and not label.endswith(".py`"):
+            name = re.match(r"`(?:train_tiny\.|plots\.)?(\w+)", label)[1]
+            assert hasattr(module, name), f"{path.name} links to {label}, which is not in {target}"
