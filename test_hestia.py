@@ -2857,6 +2857,16 @@ def test_several_processes_find_what_one_finds(text, tmp_path):
     assert {p.name for p in (tmp_path / "1").rglob("*")} == {p.name for p in (tmp_path / "2").rglob("*")}
 
 
+def test_the_readme_has_the_tables_that_the_results_print(capsys):
+    readme = (Path(h.__file__).parent / "README.md").read_text()
+    shown = re.findall(r"<!-- python train_tiny.py --show (\S+) -->\n\n(.*?)\n\n(?!\|)", readme, re.S)
+    assert len(shown) == readme.count("--show notebooks")
+    for path, tables in shown:
+        assert train_tiny.main(["--show", str(Path(h.__file__).parent / path)]) == 0
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert [line for line in tables.splitlines() if line.startswith("|")] == printed
+
+
 @pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])
 def test_ablations(what, text, tmp_path):
     with warnings.catch_warnings():

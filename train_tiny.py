@@ -1283,8 +1283,9 @@ def summarize(config, per_seed):
 
 
 def print_columns(head, rows):
-    """A table whose lines are Markdown's too."""
-    lines = [head, *rows]
+    """A table whose lines are Markdown's too. Columns that say nothing are left out."""
+    kept = [i for i, cells in enumerate(zip(*rows)) if i == 0 or any(cells)]
+    lines = [head, *rows] = [[line[i] for i in kept] for line in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
         cells = (t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths)))
