@@ -2936,6 +2936,20 @@ def test_torchrun_shares_the_batches_and_changes_nothing_else(text, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_to_the_first_process_ends_them_all(number, text, tmp_path):
+    arguments = [sys.executable, train_tiny.__file__, "--data", text, *TINY, "--methods", "absmean", "hestia",
+                 "--seeds", "3", "--jobs", "2", "--steps", "4000", "--out", str(tmp_path / "run")]  # fmt: skip
+    run = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while len(list((tmp_path / "run").glob("runs/*-seed?.jsonl"))) < 5:  # three of full precision, and two methods
+        time.sleep(0.1)
+    time.sleep(1)
+    run.send_signal(number)
+    assert run.wait(30) == 128 + number and "--resume goes on" in run.stderr.read()
+    assert len(list((tmp_path / "run").glob("runs/*-last.pt"))) == 2
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ([], ["--shard"]), ids=("whole", "shard"))
 def test_two_processes_that_are_killed_go_on(more, text, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",

@@ -1012,7 +1012,10 @@ def _begin_work(config, folder, counter):
 
 
 def _work(function, tasks):
-    return [function(_study, *task) for task in tasks]
+    try:
+        return [function(_study, *task) for task in tasks]
+    except Interrupted as error:  # its state is saved; more work may be queued for this process
+        os._exit(128 + error.args[0])
 
 
 def scores_needed(config):
