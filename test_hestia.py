@@ -2764,8 +2764,9 @@ def test_a_signal_ends_the_step_saves_and_exits(number, text, tmp_path, monkeypa
     assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize("stride", (3, pytest.param(1, marks=pytest.mark.slow)))  # 1: every write
 @pytest.mark.parametrize("how", ("before", "half", "at the end"))
-def test_a_write_that_fails_leaves_a_run_that_goes_on(how, text, tmp_path, monkeypatch, capsys):
+def test_a_write_that_fails_leaves_a_run_that_goes_on(how, stride, text, tmp_path, monkeypatch, capsys):
     arguments = ["--data", text, "--methods", "hestia", *TINY, "--steps", "3", "--pretrain-steps", "2",
                  "--save-minutes", "0", "--out"]  # fmt: skip
     monkeypatch.setattr(plots, "overview", lambda folder: plots.plt.figure(figsize=(1, 1)))  # the figure takes longest
@@ -2788,7 +2789,7 @@ def test_a_write_that_fails_leaves_a_run_that_goes_on(how, text, tmp_path, monke
     assert run_quietly(*arguments, tmp_path / "counted") == 0
     writes = next(count)
     assert writes > 12
-    for broken in range({"before": 0, "half": 1, "at the end": 2}[how], writes, 3):
+    for broken in range({"before": 0, "half": 1, "at the end": 2}[how] % stride, writes, stride):
         count, folder = itertools.count(), tmp_path / str(broken)
         assert run_quietly(*arguments, folder) == 1
         assert "the run failed" in capsys.readouterr().err and not list(folder.rglob("*.tmp"))
@@ -2798,6 +2799,24 @@ def test_a_write_that_fails_leaves_a_run_that_goes_on(how, text, tmp_path, monke
         got = outcome(folder)
         assert got["files"] == expected["files"] and got["log"] == expected["log"]
         assert got == expected
+
+
+def test_a_log_that_cannot_be_written_leaves_a_run_that_goes_on(text, tmp_path, monkeypatch):
+    arguments = ["--data", text, "--methods", "hestia", *TINY, "--steps", "4", "--pretrain-steps", "4",
+                 "--save-minutes", "0", "--out"]  # fmt: skip
+    monkeypatch.setattr(plots, "overview", lambda folder: plots.plt.figure(figsize=(1, 1)))
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    original, count = train_tiny.Reporter.write, itertools.count()
+
+    def write(self, record):
+        if next(count) in (2, 9):
+            self.file.write('{"seed": 0, "met')
+            raise OSError(28, "No space left on device")
+        original(self, record)
+
+    monkeypatch.setattr(train_tiny.Reporter, "write", write)
+    codes = [run_quietly(*arguments, tmp_path / "run", *(["--resume"] if n else [])) for n in range(3)]
+    assert codes == [1, 1, 0] and outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
 
 
 def test_a_damaged_state_is_said_and_that_training_starts_anew(text, tmp_path, monkeypatch, capsys):
