@@ -1725,7 +1725,7 @@ def evaluate(model, tokens, block_size, batch_size=32):
 
 def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, weight_decay=0.1,
           clip=1.0, clip_at="effective", seed=0, log_every=50, val=None, eval_every=0, on_step=None,
-          loss_fn=None, name="training"):  # fmt: skip
+          loss_fn=None, name="training", save=None, state=None):  # fmt: skip
     """Algorithm 1 with everything around it. Returns the log, a list of records (README says how to read one).
 
     model(x, y) -> mean loss, such as a Llama's. tokens: (N,), on the device that should gather batches. qat: a Hestia
@@ -1734,6 +1734,8 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     loss_fn(model, x, y): another loss than model(x, y), such as `distillation(teacher)`.
     val: tokens on which the hard weights are evaluated every eval_every steps. on_step(t, record or None): called after
     each step. name: of the run, for Diverged, which is raised before a step whose loss or gradient is not finite.
+    save(t, state): called after each step; state() is all that determines the rest of the run, as a dict of tensors and
+    numbers to write before the next step. Such a state goes on from there, to the same bits: state=torch.load(...).
     """
     if batch_size % micro_batches:
         raise ValueError(f"a batch of {batch_size} sequences does not split into {micro_batches} equal micro-batches")
@@ -1746,10 +1748,27 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     groups = qat.param_groups(weight_decay) if qat else param_groups(trained, weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
     norm = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    codes, log = qat.codes() if qat else {}, []
+    codes, log, rest = qat.codes() if qat else {}, [], qat.rest if qat else trained
     began = last = warm = time.perf_counter()
-    last_t = -1
-    for t in range(steps):
+    peak, first = torch.zeros((), device=device), 0  # the largest gradient norm since the last record; the first step
+    if state:
+        first, log, codes, peak = state["step"], list(state["log"]), state["codes"], state["peak"].to(device)
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for p, kept in zip(rest, state["rest"]):
+                p.copy_(kept)
+        if qat:
+            qat.load_state_dict(state["qat"])
+        _random_state(device, state["random"])
+        began -= state["seconds"]
+    last_t = log[-1]["step"] if log else -1
+
+    def everything():
+        return {"step": t + 1, "log": log, "codes": codes, "peak": peak, "optimizer": optimizer.state_dict(),
+                "rest": [p.detach() for p in rest], "qat": qat.state_dict() if qat else None,
+                "random": _random_state(device), "seconds": time.perf_counter() - began}  # fmt: skip
+
+    for t in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(t, steps, lr)
             if qat and qat.quantizer.settings.get("spectra"):  # Spectra's recipe: a lower peak, then no decay
@@ -1772,11 +1791,13 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         if not (math.isfinite(loss) and math.isfinite(clipped_norm)):
             raise Diverged(f"{name}: loss {float(loss)}, gradient norm {float(clipped_norm)} at step {t} of {steps}; "
                            "lower the learning rate or look at the data")  # fmt: skip
-        record = None
+        peak, record = torch.maximum(peak, effective_norm), None
         evaluating = val is not None and eval_every and ((t + 1) % eval_every == 0 or t == steps - 1)
         if evaluating or t % log_every == 0 or t == steps - 1:
             record = {"step": t, "loss": float(loss), "lr": optimizer.param_groups[0]["lr"],
-                      "grad_norm": float(effective_norm), "grad_norm_latent": float(norm(trained))}  # fmt: skip
+                      "grad_norm": float(effective_norm), "grad_norm_max": float(peak),
+                      "grad_norm_latent": float(norm(trained))}  # fmt: skip
+            peak = torch.zeros_like(peak)
         torch.nn.utils.clip_grads_with_norm_(trained, clip, clipped_norm)  # pull_back is linear: as well after it
         optimizer.step()
         optimizer.zero_grad()
@@ -1792,10 +1813,10 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
                     taus = [qat.step_of(t, k).tau for k in now]
                     record |= {"p": qat.step_of(t, next(iter(now))).p, "tau_min": min(taus), "tau_max": max(taus)}
             clock = time.perf_counter()
-            warm = clock if t == 0 else warm  # the first step may have compiled for a minute: no measure of the others
+            warm = clock if t == first else warm  # that step may have compiled for a minute: no measure of the others
             record["tokens_per_s"] = (t - last_t) * batch_size * block_size / (clock - last)
             record["seconds"] = clock - began
-            record["seconds_left"] = (clock - (warm if t else began)) / max(t, 1) * (steps - t - 1)
+            record["seconds_left"] = (clock - (warm if t > first else began)) / max(t - first, 1) * (steps - t - 1)
             if evaluating:
                 with qat.hard() if qat else contextlib.nullcontext():
                     record["val_loss_hard"] = evaluate(model, val, block_size)
@@ -1803,7 +1824,18 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             log.append(record)
         if on_step:
             on_step(t, record)
+        if save:
+            save(t, everything)
     return log
+
+
+def _random_state(device, state=None):
+    """The states of torch's generators, on the CPU and on the GPU in use; or put them back."""
+    if state:
+        torch.set_rng_state(state[0])
+        if len(state) > 1 and device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], device)
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 @torch.no_grad()

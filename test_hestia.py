@@ -2138,7 +2138,6 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     (["--methods", "hestia:scores=sorted"], "expected scores=shuffled or common"),
     (["--methods", "absmean:alpha=0.6"], "method absmean:alpha=0.6: alpha changes nothing there"),
     (["--methods", "hestia-no-hessian:alpha=0.6"], "alpha changes nothing there"),
-    (["--ablate", "rho", "--methods", "full"], "--ablate chooses the methods itself"),
     (["--methods", "hestia:rho=2"], "method hestia:rho=2: expected rho from 0 to 1"),
     (["--methods", "hestia:group_size=48"], "--group-size 48 does not divide"),
     (["--ablate", "everything"], "argument --ablate: invalid choice"),

@@ -32,7 +32,7 @@ import sys
 import sysconfig
 import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +62,7 @@ class Config:
     llama: str = option("a folder with a Llama to start from, Hugging Face's or Meta's; needs --data", "")
     methods: tuple = option(f"what to compare, of: {', '.join(hestia.QUANTIZERS)}; or all",
                             ("full", "absmean", "hestia-no-hessian", "hestia"))  # fmt: skip
-    ablate: str = option("compare variants of HESTIA instead: group, hessian, alpha, rho, bits, samples; or all", "")
+    ablate: str = option("compare variants of HESTIA: group, hessian, alpha, rho, bits, samples; or all", "")
     seeds: int = option("how many seeds; each has its own weights and batches, shared by all methods", 1, 3)
     seed: int = option("the first seed", 0)
     steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
@@ -202,9 +202,8 @@ def check(config):
     names = [name for given in config.methods for name in ([given] if ":" in given else given.split(",")) if name]
     config.methods = tuple(hestia.QUANTIZERS) if names == ["all"] else tuple(dict.fromkeys(names))
     if config.ablate:
-        if config.methods != Config.methods:
-            raise InputError("--ablate chooses the methods itself; expected no --methods beside it")
-        config.methods = names = ablation(config)
+        chosen = () if config.methods == Config.methods else config.methods
+        config.methods = names = tuple(dict.fromkeys([*chosen, *ablation(config)]))
     unknown = [name for name in config.methods if name.partition(":")[0] not in hestia.QUANTIZERS]
     for name in (name for name in config.methods if ":" in name and not unknown):
         changed, _ = variant(config, name)
@@ -689,7 +688,7 @@ class Study:
     --resume goes on from there, and several processes can share the work."""
 
     def __init__(self, config):
-        self.config = config
+        self.config, self.pool = config, None
         self.tokenizer = load_tokenizer(config) if config.llama else None
         self.start = self.model = None
         if config.llama:
@@ -711,7 +710,8 @@ class Study:
             self.samples["test"] = test.to(config.device)
         trained = config.seeds * ((0 if config.llama else config.pretrain_steps) + len(config.methods) * config.steps)
         if len(config.lrs) > 1:
-            trained += config.pretrain_steps + len(config.lrs) * len(config.methods) * config.steps
+            tried = {m.partition(":")[0] for m in config.methods}
+            trained += config.pretrain_steps + len(config.lrs) * len(tried) * config.steps
         self.steps_ahead = trained if config.jobs == 1 else 0  # until the estimate has been said
 
     def open(self, folder):
@@ -770,34 +770,46 @@ def file_name(name, seed):
 _study = None  # of this process, where several share the work
 
 
-def for_each(study, function, tasks):
-    """function(study, *task) for every task, in --jobs processes; yields results in the order in which they come."""
-    jobs = min(study.config.jobs, len(tasks))
-    if jobs <= 1:
-        yield from (function(study, *task) for task in tasks)
+@contextmanager
+def processes(study):
+    """The processes among which for_each shares the work, as study.pool; none with --jobs 1."""
+    if study.config.jobs == 1:
+        yield
         return
-    size = -(-len(tasks) // jobs)  # neighbours have the same method, which is compiled once in a process
-    parts = [tasks[k : k + size] for k in range(0, len(tasks), size)]
-    context, began, done = multiprocessing.get_context("spawn"), time.perf_counter(), 0
-    counter, failed = context.Value("i", 0), None
-    with ProcessPoolExecutor(jobs, context, _begin_work, (study.config, study.folder, counter)) as pool:
+    context = multiprocessing.get_context("spawn")
+    about = study.config, study.folder, context.Value("i", 0)
+    with ProcessPoolExecutor(study.config.jobs, context, _begin_work, about) as study.pool:
         try:
-            for future in as_completed([pool.submit(_work, function, part) for part in parts]):
-                try:
-                    results = future.result()
-                except hestia.Diverged as error:  # the others may well finish
-                    print(f"  {error}", flush=True)
-                    failed = error
-                    continue
-                yield from results
-                done += len(results)
-                left = (time.perf_counter() - began) / done * (len(tasks) - done)
-                print(f"  ({done} of {len(tasks)} finished, about {left / 60:.0f} min left)", flush=True)
+            yield
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            study.pool.shutdown(wait=False, cancel_futures=True)
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def for_each(study, function, tasks):
+    """function(study, *task) for every task; yields results in the order in which they come. An error is raised when
+    all others are done."""
+    if study.pool is None:
+        yield from (function(study, *task) for task in tasks)
+        return
+    size = -(-len(tasks) // study.config.jobs) or 1  # neighbours have the same method, which is compiled once in each
+    parts = [study.pool.submit(_work, function, tasks[k : k + size]) for k in range(0, len(tasks), size)]
+    began, done, failed = time.perf_counter(), 0, None
+    for part in as_completed(parts):
+        try:
+            results = part.result()
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, BrokenExecutor):
+                raise
+            print(f"  {error}", flush=True)
+            failed = error
+            continue
+        yield from results
+        done += len(results)
+        left = (time.perf_counter() - began) / done * (len(tasks) - done)
+        print(f"  ({done} of {len(tasks)} finished, about {left / 60:.0f} min left)", flush=True)
     if failed:
         raise failed
 
@@ -886,8 +898,9 @@ def run_method(study, seed, method, lr, name=None):
     weights, start = starting_point(study, seed)
     config, how = variant(plain, method)
     if plain.jobs == 1:
-        which = f"{plain.methods.index(method) + 1}/{len(plain.methods)}: {plots.quantizer(method).label}"
-        print(f"[seed {seed}] {which}, {config.steps} steps" + (f" at {lr:g}" if name else ""), flush=True)
+        which = "choosing a rate" if name else f"{plain.methods.index(method) + 1}/{len(plain.methods)}"
+        rate = f" at {lr:g}" if name else ""
+        print(f"[seed {seed}] {which}: {plots.quantizer(method).label}, {config.steps} steps{rate}", flush=True)
     tensors = start["sensitivities"].get(str(config.samples), {"tensors": {}})["tensors"]
     scores = {tensor: h["score"] for tensor, h in tensors.items()} or None
     scores = changed_scores(scores, how, config.alpha, seed)
@@ -946,34 +959,36 @@ def chosen_rates(study, tuning):
     if len(config.lrs) < 2:
         return dict.fromkeys(config.methods, (config.lrs or (config.lr,))[0])
     loss = lambda m, lr: math.inf if tuning[m][str(lr)] is None else tuning[m][str(lr)]
-    best = {m: min(config.lrs, key=lambda lr, m=m: loss(m, lr)) for m in config.methods}
+    best = {m: min(config.lrs, key=lambda lr, m=m: loss(m, lr)) for m in tuning}
     hopeless = [m for m, lr in best.items() if loss(m, lr) == math.inf]
     if hopeless:
         raise InputError(f"--lrs: {', '.join(hopeless)} diverged at every rate; expected smaller ones")
     edge = lambda lr: " (at the edge of --lrs)" if lr in (min(config.lrs), max(config.lrs)) else ""
     print("learning rates: " + ", ".join(f"{m} {lr:g}{edge(lr)}" for m, lr in best.items()), flush=True)
-    return best
+    return {m: best[m.partition(":")[0]] for m in config.methods}
 
 
 def run_all(study):
     """Everything of a study that is not finished. Returns {method: {rate: loss}} of the choice of rates."""
     config = study.config
     seeds, tuning_seed = range(config.seed, config.seed + config.seeds), config.seed + 1000
-    tried = [(tuning_seed, m, lr, rate_name(m, lr)) for m in config.methods for lr in config.lrs[len(config.lrs) < 2 :]]
+    plain = dict.fromkeys(m.partition(":")[0] for m in config.methods)  # a variant has the rate of what it varies
+    tried = [(tuning_seed, m, lr, rate_name(m, lr)) for m in plain for lr in config.lrs if len(config.lrs) > 1]
     started = [*seeds, *([tuning_seed] if tried else [])]
     order = [("pretrain", seed) for seed in started] + [(name, seed) for seed, *_, name in tried]
     order += [(method, seed) for seed in seeds for method in config.methods]
     try:
-        for found in for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]):
-            save_json(study.folder / "sensitivities.json", {**read_sensitivities(study.folder), **found})
-        list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
-        tuning = {}
-        for _, method, lr, name in tried:
-            tuning.setdefault(method, {})[str(lr)] = study.known(name, tuning_seed)["tuning"]
-        rates = chosen_rates(study, tuning)
-        # one process goes seed by seed; several take a method's seeds together, since it must be compiled in each
-        tasks = [(seed, m, rates[m]) for seed in seeds for m in config.methods if not study.known(m, seed)]
-        list(for_each(study, run_method, tasks if config.jobs == 1 else sorted(tasks, key=lambda task: task[1])))
+        with processes(study):
+            for found in for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]):
+                save_json(study.folder / "sensitivities.json", {**read_sensitivities(study.folder), **found})
+            list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
+            tuning = {}
+            for _, method, lr, name in tried:
+                tuning.setdefault(method, {})[str(lr)] = study.known(name, tuning_seed)["tuning"]
+            rates = chosen_rates(study, tuning)
+            # one process goes seed by seed; several take a method's seeds together, since it must be compiled in each
+            tasks = [(seed, m, rates[m]) for seed in seeds for m in config.methods if not study.known(m, seed)]
+            list(for_each(study, run_method, tasks if config.jobs == 1 else sorted(tasks, key=lambda task: task[1])))
     finally:
         study.gather(order)
     return tuning
