@@ -7,13 +7,22 @@ in float64, dense matrices, Algorithm 1 written out naively, transformers' Llama
 Tests that need transformers or hypothesis are skipped without it (pip install ".[test]" brings them).
 """
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -1245,7 +1254,99 @@ def test_state_dict_round_trip():
         h.Hestia(tiny_llama(), 10, group_size=8, method="absmean").load_state_dict(qat.state_dict())
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("group_size", [None, 8, "row"])
+def test_slopes_are_what_autograd_finds_in_the_printed_formulas(codebook, group_size):
+    w, G = randn(6, 16, seed=1), randn(6, 16, seed=2)
+    g = w.shape[-1] if group_size == "row" else group_size
+    gamma, q = h.absmean_scale(w, g), f64(codebook)
+    for p, tau in ((0.0, 0.3), (0.4, 0.3), (0.4, 0.02), (1.0, 0.3), (1.0, 1e-3)):
+        x = w.clone().requires_grad_()
+        z = (h._groups(x, g) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+        H = gamma * (torch.softmax(-((z - q) ** 2) / tau, -1) * q).sum(-1)
+        W_eff = (1 - p) * x + p * H.view_as(x)
+        expected = torch.autograd.grad(W_eff, x, G)[0]
+        for numbers in ((p, tau), (f64(p), f64(tau))):
+            s = h.Step(*numbers, g, codebook)
+            torch.testing.assert_close(h._relax_hestia(w, s), W_eff.detach(), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(h.SLOPES[h._relax_hestia](w, s) * G, expected, rtol=1e-7, atol=1e-10)
+            narrow = h.SLOPES[h._relax_hestia](w.float(), s) * G.float()
+            torch.testing.assert_close(narrow.double(), expected, rtol=1e-3, atol=1e-3)
+    for tau in (0.0, f64(0.0)):  # hard: dH/dw is 0, and the slope what is left of the identity
+        s = h.Step(0.4, tau, g, codebook)
+        assert torch.equal(h._relax_hestia(w, s), 0.6 * w + 0.4 * h.quantize(w, g, codebook))
+        assert (h.SLOPES[h._relax_hestia](w, s) == 0.6).all()
+
+
+@pytest.mark.parametrize("method", ["full", "absmean", "hestia", "hestia-2bit"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_closed_form_passes_equal_those_through_a_graph(method, dtype, monkeypatch):
+    found = []
+    for slopes in (h.SLOPES, {}):  # without its slope a method goes through autograd
+        monkeypatch.setattr(h, "SLOPES", slopes)
+        model = tiny_llama().float()
+        qat = h.Hestia(model, 10, method=method, group_size=8, dtype=dtype)
+        for t in (1, 7):
+            qat.relax(t)
+            assert all(effective is None for _, _, effective in qat.relaxed) == bool(slopes)
+            for k, w in enumerate(list(qat.weights.values())[1:]):  # one that the loss does not reach
+                w.grad = randn(*w.shape, seed=k).to(w.dtype)
+            qat.pull_back()
+            found.append([(w.detach().clone(), qat.latents[name].grad) for name, w in qat.weights.items()])
+            assert qat.latents[next(iter(qat.weights))].grad is None
+            assert all(w.grad is None for w in qat.weights.values())
+    for closed, graph in zip(found[:2], found[2:]):
+        torch.testing.assert_close(closed, graph)
+
+
+def test_compiled_passes_equal_the_readable_ones_and_nothing_compiles_after_the_first_step(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain_compile = torch.compile  # graphs are captured as for the default back end, and run without a C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, **kind: plain_compile(f, backend="aot_eager", **kind))
+    config = h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = h.Llama(config)
+    twin, tokens, seen, steps = copy.deepcopy(model), torch.randint(0, 64, (2000,)), [], 8
+    scores = {name: k / 14 for k, name in enumerate(h.Hestia(model, 1, group_size=16).weights)}
+
+    def on_step(t, record):  # p, tau and the learning rate are others at every step
+        seen.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+
+    logs = []
+    for module, compile in ((model, True), (twin, False)):
+        qat = h.Hestia(module, steps, group_size=16, scores=scores, tau_init=0.3, compile=compile)
+        fast = torch.compile(module) if compile else module
+        logs.append(h.train(fast, tokens, steps=steps, batch_size=4, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                            micro_batches=2, on_step=on_step if compile else None))  # fmt: skip
+    # the model, relax and pull_back for eight tensors of a shape, and for the six that remain: no graph after step 0
+    assert seen[0] == (5, 0) and set(seen) == {seen[0]}
+    for key in ("loss", "grad_norm", "grad_norm_latent", "tau_max"):
+        assert [r[key] for r in logs[0]] == pytest.approx([r[key] for r in logs[1]], rel=1e-3)
+
+
+@needs_compiler
+def test_compiled_slopes():
+    w, G = randn(6, 16, seed=1, dtype=torch.float32), randn(6, 16, seed=2, dtype=torch.float32)
+
+    def both(p, tau):
+        steps = [h.Step(p, tau, g, codebook) for g, codebook in ((None, h.TERNARY), (8, h.TERNARY), (8, h.TWO_BIT))]
+        return [x for s in steps for x in (h._relax_hestia(w, s), G * h.SLOPES[h._relax_hestia](w, s))]
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=False)
+    for p, tau in ((0.0, 0.3), (0.4, 0.02), (1.0, 0.3), (1.0, 0.0)):
+        with torch.no_grad():
+            found = compiled(torch.tensor(p), torch.tensor(tau))
+            torch.testing.assert_close(found, both(p, tau), rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
 def test_a_compiled_model_sees_the_effective_weights_and_a_changed_dtype():
     model = h.Llama(h.LlamaConfig(vocab_size=17, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                                   num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
@@ -1632,6 +1733,96 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         h.train(model, tokens, steps=10, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison,
                 name="absmean run")  # fmt: skip
     assert all(torch.equal(w, good[name]) for name, w in qat.latents.items())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_even_if_nobody_looks(monkeypatch):
+    monkeypatch.setattr(h.math, "isfinite", lambda x: True)  # as on a GPU, where the host looks one step later
+    model = tiny_llama().float()
+    tokens = torch.randint(0, 17, (200,))
+    qat, kept = h.Hestia(model, 6, method="absmean", group_size=4), {}
+
+    def poison(t, record):
+        kept[t] = {name: w.detach().clone() for name, w in qat.latents.items()}
+        model.model.norm.weight.data.fill_(math.inf if t in (1, 2) else 1.0)
+
+    log = h.train(model, tokens, steps=6, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison, log_every=1)
+    assert [t for t, r in enumerate(log) if r["loss"] != r["loss"]] == [2, 3]
+    same = [all(torch.equal(kept[t][n], kept[t - 1][n]) for n in kept[t]) for t in range(1, 6)]
+    assert same == [False, True, True, False, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [None, "full", "absmean", "hestia"])
+def test_no_step_waits_for_the_gpu_and_divergence_is_still_seen(method):
+    model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1)).cuda()  # fmt: skip
+    qat = method and h.Hestia(model, 12, method=method, group_size=16, dtype=torch.bfloat16, compile=True)
+    trained = qat.latents if qat else {k: p for k, p in model.named_parameters() if "norm" not in k}
+    tokens, kept = torch.randint(0, 64, (2000,)), {}
+
+    def on_step(t, record):
+        torch.cuda.set_sync_debug_mode("error" if t < 9 else "default")  # what waits between here and there raises
+        if t == 6:
+            kept.update({name: p.detach().clone() for name, p in trained.items()})
+            model.model.norm.weight.data.fill_(math.inf)
+
+    try:
+        with pytest.raises(h.Diverged, match="at step 7 of 12"):
+            h.train(torch.compile(model), tokens, steps=12, batch_size=8, block_size=16, lr=1e-3, qat=qat,
+                    micro_batches=2, log_every=12, on_step=on_step)  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(p, kept[name]) for name, p in trained.items())
+
+
+DDP_RUN = """
+import json, sys, torch
+import hestia as h
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=1))
+tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
+logs = []
+for method, shard in (("hestia", False), ("lsq", True)):
+    torch.manual_seed(0)
+    model = h.Llama(model.config)
+    qat = h.Hestia(model, 50, method=method, group_size=16)
+    fast = torch.nn.parallel.DistributedDataParallel(model)
+    logs.append(h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                        micro_batches=2, shard_optimizer=shard))
+with torch.no_grad():
+    next(iter(qat.latents.values())).add_(torch.distributed.get_rank())
+try:
+    h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, name="uneven")
+except RuntimeError as error:
+    logs.append(str(error))
+if torch.distributed.get_rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(logs))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
+    script, out = tmp_path / "ddp_run.py", tmp_path / "logs.json"
+    script.write_text(DDP_RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script), str(out)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *logs, error = json.loads(out.read_text())
+    assert error == "uneven: the processes hold different weights or scores; give all the same seed and files"
+    for method, log in zip(("hestia", "lsq"), logs):
+        torch.manual_seed(0)
+        model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+        tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
+        qat = h.Hestia(model, 50, method=method, group_size=16)
+        alone = h.train(model, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                        micro_batches=4)  # fmt: skip
+        assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in alone], abs=1e-4)
 
 
 def test_generate():
@@ -2109,7 +2300,156 @@ def test_plots_from_a_run(finished_run, tmp_path, capsys):
     middle = plots.overview(run).axes[1]
     assert not middle.lines and "None of these methods" in middle.get_title()  # no schedule that nothing followed
     assert plots.main(["--run", str(tmp_path)]) == 2
-    assert "make one with python train_tiny.py" in capsys.readouterr().err
+    assert "results.json; make it with python train_tiny.py" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# figures: from a made-up run, so that the outcome can be turned around
+
+
+def a_run(folder, worst="absmean", spread=0.0003):
+    """A folder with made-up results of three seeds: each method's loss, the log, snapshots. `worst` ends highest."""
+    rng, steps, bins = np.random.default_rng(0), np.arange(0, 40, 4), train_tiny.BINS
+    config = {**dataclasses.asdict(train_tiny.parse([])), "steps": 40, "seeds": 3}
+    varied = ("alpha=0.6", "rho=0.5", "group_size=32", "samples=50", "scores=shuffled", "scores=common")
+    methods = ["full", "absmean", "hestia-no-hessian", "hestia", "int2", *(f"hestia:{v}" for v in varied)]
+    loss = {m: 1.30 if m == "full" else 1.38 if m == worst else 1.35 for m in methods}
+    rows = [{m: {k: loss[m] + 0.01 * seed + spread * rng.normal() for k in ("train", "val")} | {"tau_init": 0.35}
+             for m in methods} for seed in range(3)]  # fmt: skip
+    table = train_tiny.summarize(train_tiny.parse([]), rows)
+    trace = lambda value, score: {"value": value, "stderr": 0.4, "flagged": value < 1, "score": score}
+    tensors = {f"model.layers.{i}.self_attn.{kind}_proj": trace(h * 10.0**i, score)
+               for i in (0, 1) for kind, h, score in (("q", 0.5, 0.2), ("v", 9.0, 0.8))}  # fmt: skip
+    tuning = {m: {"0.001": loss[m], "0.002": loss[m] + 0.01, "0.004": math.inf} for m in ("absmean", "hestia")}
+    train_tiny.save_json(folder / "results.json", {
+        "config": {**config, "methods": methods}, "table": table, "per_seed": rows, "tuning": tuning,
+        "sensitivities": 3 * [{"tensors": tensors}]})  # fmt: skip
+    middle, arrays, log = abs(abs((bins[1:] + bins[:-1]) / 2) - 0.5), {"bins": bins}, []
+    for method, seed in ((m, s) for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in range(3)):
+        emptied = [np.where(middle < 0.1, 1 - t / 50 if method != worst else 1 + t / 50, 1.0) for t in steps]
+        arrays |= {f"{method}/seed{seed}/{key}": value for key, value in {
+            "step": steps, "felt": np.linspace(1, 0, 10), "hist": np.array([3 * [h / h.sum()] for h in emptied]),
+            "grad_norm": 1 + rng.random(10), "grad_norm_latent": 1 + rng.random(10)}.items()}  # fmt: skip
+        arrays[f"{method}/tensors"] = np.array([*list(tensors)[:2], "model.layers.1.mlp.down_proj"])
+        log += [{"method": method, "seed": seed, "step": int(t), "loss": loss[method]} for t in steps]
+    np.savez(folder / "snapshots.npz", **arrays)
+    (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    return folder
+
+
+def titles(drawn):
+    figure = drawn if isinstance(drawn, plots.plt.Figure) else drawn.figure
+    said = " | ".join(ax.get_title(loc="left") for ax in figure.axes)
+    plots.plt.close(figure)
+    return " ".join(said.split())  # whatever space or line break stands there
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    (run := tmp_path / "run").mkdir()
+    shutil.copytree(plots.RESULTS, tmp_path / "results")
+    for name in ("table1.json", "ablations.json"):
+        (tmp_path / "results" / name).unlink(missing_ok=True)
+    monkeypatch.setattr(plots, "RESULTS", tmp_path / "results")
+    return a_run(run)
+
+
+def test_every_figure_draws_and_says_something(made_up):
+    shutil.copy(made_up / "results.json", plots.RESULTS / "table1.json")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, (draw, about, _) in plots.FIGURES.items():
+            if name == "animation":
+                path = plots.animation(made_up, made_up / "a.gif", seconds=0.2)
+                assert path.read_bytes()[:6] == b"GIF89a"
+                continue
+            said = titles(draw(made_up))
+            assert about and len(said) > 20 and "nan" not in said, (name, said)
+    ax = plots.plt.figure().add_subplot()
+    assert plots.felt_curves(made_up, ax) is ax  # a notebook's own Axes
+    with pytest.raises(ValueError, match="1 Axes were given; this figure has 2 panels"):
+        plots.staircase(axes=[ax])
+    plots.plt.close("all")
+
+
+def test_titles_follow_the_numbers(made_up, tmp_path):
+    (tmp_path / "turned").mkdir()
+    turned = a_run(tmp_path / "turned", worst="hestia")
+    before, after = plots.read_results(made_up), plots.read_results(turned)
+    assert "HESTIA empties the boundaries" in titles(plots.histograms(made_up))
+    assert "HESTIA fills the boundaries" in titles(plots.histograms(turned))
+    assert "AbsMean STE 0.080" in titles(plots.loss_curves(plots.read_log(made_up)))
+    assert "HESTIA 0.080" in titles(plots.loss_curves(plots.read_log(turned)))
+    shuffled = "scores shuffled is clearly better than HESTIA"
+    assert shuffled in titles(plots.controls(after)) and shuffled not in titles(plots.controls(before))
+    assert "5 differ clearly" not in titles(plots.loss_against(before, "rho"))
+    assert "Lowest: ρ = 0.5, −0.03" in titles(plots.loss_against(after, "rho"))
+    for rows in before["per_seed"]:
+        rows["full"]["train"] = 1.5  # no gap: full precision is above the STE
+    before["table"] = train_tiny.summarize(train_tiny.parse([]), before["per_seed"])
+    assert "is lowest: −0.03" in titles(plots.gap_recovered(before))
+    assert "recovers the largest part of the gap" in titles(plots.gap_recovered(plots.read_results(made_up)))
+    one = {**after, "per_seed": after["per_seed"][:1]}
+    assert "One seed, no interval" in titles(plots.controls(one)) and "±" not in titles(plots.loss_against(one, "rho"))
+
+    config, scores = {"steps": 10, "rho": 0.2, "alpha": 0.4}, {"q": 0.2, "v": 0.8}
+    assert "warmer than the least sensitive" in titles(plots.schedules(config, scores))
+    assert "colder than the least sensitive" in titles(plots.schedules({**config, "alpha": -0.4}, scores))
+    study = plots.read_json(plots.RESULTS / "curvature.json", "")
+    assert "errs 1.7 times less than Hutchinson" in titles(plots.hutchpp_error(study))
+    curves = study["curves"]
+    curves["Hutch++, per tensor"], curves["Hutchinson, per tensor"] = (
+        curves["Hutchinson, per tensor"], curves["Hutch++, per tensor"])  # fmt: skip
+    assert "errs 1.7 times more than Hutchinson" in titles(plots.hutchpp_error(study))
+    study["other"]["gradnorm"] = [1 / x for x in study["exact"]]
+    assert "ranks the tensors the other way: Spearman −1.00" in titles(plots.sensitivity_against(study))
+
+
+def test_figures_in_numbers():
+    """What a title claims of a formula, against numbers worked elsewhere."""
+    assert "4 of 10 methods take the slope for 1" in titles(plots.jacobians())  # AbsMean, SEQ, TWN, Tequila
+    assert "closest to W at τ = 0.351; at Table 5's 0.3 the error is 0.2 % higher" in titles(plots.mse_against_tau())
+    w = [torch.randn(64, 64, generator=torch.Generator().manual_seed(s)) * 10.0**s for s in (0, 1)]
+    assert f"at τ = {h.optimal_tau_init(w, 32):.3f}" in titles(plots.mse_against_tau(w, group_size=32))
+    assert "changes Q for 8.8 % of Gaussian weights" in titles(plots.dead_zone_line())  # by the normal distribution:
+    cdf = torch.special.ndtr(f64([-0.65, -0.5, 0.35, 0.5]) * (2 / math.pi) ** 0.5)
+    assert float(cdf[1] - cdf[0] + cdf[3] - cdf[2]) == pytest.approx(0.088, abs=5e-4)
+    drawn = plots.lemma_4_2()
+    assert all(text.get_text().endswith(": mass 2.0000") for text in drawn.axes[0].get_legend().texts)
+    assert "within 0.016 % of" in titles(drawn)
+
+
+def test_what_is_missing_gets_one_sentence(made_up, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def says(arguments, code):
+        assert plots.main(arguments) == code
+        return "".join(capsys.readouterr())
+
+    assert says([], 0).count("\n  ") >= len(plots.FIGURES)
+    assert "there is no finished run under out/; make one with python train_tiny.py" in says(["felt_curves"], 2)
+    assert "there is no figure felt; expected all, staircase" in says(["felt"], 2)
+    for arguments in (["all", "--run", "nowhere"], ["overview", "--run", "nowhere"]):
+        said = says(arguments, 2)
+        assert "nowhere/results.json; make it with python train_tiny.py" in said and said.count("\n") == 1
+    assert "table1.json; make it with python train_tiny.py --methods all --lrs" in says(["table1"], 2)
+    results = plots.read_results(made_up)
+    results["table"] = {m: results["table"][m] for m in ("full", "absmean", "int2")}
+    train_tiny.save_json(made_up / "results.json", results)
+    run = ["--run", str(made_up), "--save", "pictures"]
+    assert "python train_tiny.py --ablate hessian" in says(["controls", *run], 2)
+    assert "none of these methods has a temperature" in says(["schedules", *run], 2)
+    (made_up / "snapshots.npz").write_bytes(b"PK damaged")
+    assert "has no readable snapshots.npz; make it with" in says(["histograms", *run], 2)
+    assert not (tmp_path / "pictures").exists() and not (tmp_path / "out").exists()
+    monkeypatch.setattr(plots, "FIGURES", {k: plots.FIGURES[k] for k in ("staircase", "table1")})
+    a_run(made_up)
+    assert "table1 is left out: there is no" in says(["all", *run], 0)
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["staircase.png"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# train_tiny.py again: what it refuses, what it survives
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -2329,6 +2669,177 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
         assert run(out, "--resume") == 2 and "config.json cannot be read" in capsys.readouterr().err
 
 
+def run_quietly(*arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train_tiny.main([*map(str, arguments)])
+
+
+def outcome(folder):
+    """All that a finished run says and leaves, but for the time that it took."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for seed in results["per_seed"] for row in seed.values()]
+    timing = ("seconds", "seconds_left", "tokens_per_s")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in r.items() if k not in timing} for r in log]
+    tensors = {}
+    for path in sorted(folder.glob("*.pt")):
+        saved = torch.load(path, weights_only=True)["model"]
+        tensors |= {f"{path.name}/{k}": t.view(torch.int16).numpy().tobytes() for k, t in saved.items()}
+    with np.load(folder / "snapshots.npz") as z:
+        arrays = {k: z[k].tobytes() for k in z}
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    return {"rows": rows, "log": log, "tensors": tensors, "arrays": arrays, "files": files}
+
+
+# tequila has state beside W, cage acts on W, stochastic draws random numbers
+SURVIVOR = ["--methods", "absmean", "hestia", "tequila", "stochastic", *TINY, "--steps", "12", "--pretrain-steps", "12"]
+
+
+def killed_until_done(arguments, folder, seconds, seed):
+    """Run in processes that are killed at random moments, and resumed, until one ends. Returns how many were killed."""
+    context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(seed), 0
+    context.set_forkserver_preload(["train_tiny"])
+    while not (folder / "results.json").exists():
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)  # killed before it had begun
+        child = context.Process(target=train_tiny.main, args=([*arguments, "--out", str(folder), *resume],))
+        child.start()
+        child.join(rng.uniform(0, seconds))
+        kills += child.is_alive()
+        child.kill()
+        child.join()
+    return kills
+
+
+def compare_killed(text, tmp_path, runs):
+    torch.set_num_threads(1)
+    arguments = ["--data", text, *SURVIVOR, "--save-minutes", "0"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_tiny"])
+    child = context.Process(target=train_tiny.main, args=([*arguments, "--out", str(tmp_path / "undisturbed")],))
+    began = time.perf_counter()
+    child.start()
+    child.join()
+    seconds, expected = time.perf_counter() - began, outcome(tmp_path / "undisturbed")
+    kills = []
+    for n in range(runs):
+        kills.append(killed_until_done(arguments, tmp_path / str(n), seconds, n))
+        got = outcome(tmp_path / str(n))
+        left = {name for name in got["files"] if name.endswith(".tmp")}  # of a process killed while it wrote
+        assert {**got, "files": got["files"] - left} == expected
+        shutil.rmtree(tmp_path / str(n))
+    print(f"{runs} runs, killed {sum(kills)} times ({min(kills)} to {max(kills)} each), all ended with the same bits")
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_go_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 50)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_the_step_saves_and_exits(number, text, tmp_path, monkeypatch, capfd):
+    arguments = ["--data", text, *SURVIVOR]
+    assert run_quietly(*arguments, "--out", tmp_path / "undisturbed") == 0
+    original = train_tiny.Reporter.line
+
+    def line(self, r, total):
+        original(self, r, total)
+        if self.about["method"] == "hestia" and r["step"] == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train_tiny.Reporter, "line", line)
+    assert run_quietly(*arguments, "--out", tmp_path / "stopped") == 128 + number
+    assert (tmp_path / "stopped" / "runs" / "hestia-seed0-last.pt").exists()
+    assert "stopping after this step" in capfd.readouterr().err
+    monkeypatch.setattr(train_tiny.Reporter, "line", original)
+    assert run_quietly(*arguments, "--out", tmp_path / "stopped", "--resume") == 0
+    assert "hestia goes on from step 6 of 12" in capfd.readouterr().out
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("how", ("before", "half", "at the end"))
+def test_a_write_that_fails_leaves_a_run_that_goes_on(how, text, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", text, "--methods", "hestia", *TINY, "--steps", "3", "--pretrain-steps", "2",
+                 "--save-minutes", "0", "--out"]  # fmt: skip
+    monkeypatch.setattr(plots, "overview", lambda folder: plots.plt.figure(figsize=(1, 1)))  # the figure takes longest
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    expected, original, count, broken = outcome(tmp_path / "undisturbed"), train_tiny.whole, itertools.count(), None
+
+    @contextlib.contextmanager
+    def whole(path):
+        fails = next(count) == broken
+        if fails and how == "before":
+            raise PermissionError(13, "Permission denied", str(path))
+        with original(path) as aside:
+            yield aside
+            if fails:
+                if how == "half":
+                    aside.write_bytes(aside.read_bytes()[: aside.stat().st_size // 2])
+                raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(train_tiny, "whole", whole)
+    assert run_quietly(*arguments, tmp_path / "counted") == 0
+    writes = next(count)
+    assert writes > 12
+    for broken in range({"before": 0, "half": 1, "at the end": 2}[how], writes, 3):
+        count, folder = itertools.count(), tmp_path / str(broken)
+        assert run_quietly(*arguments, folder) == 1
+        assert "the run failed" in capsys.readouterr().err and not list(folder.rglob("*.tmp"))
+        count, broken = itertools.count(), None
+        begun = (folder / "config.json").exists()
+        assert run_quietly(*arguments, folder, *(["--resume"] if begun else [])) == 0
+        got = outcome(folder)
+        assert got["files"] == expected["files"] and got["log"] == expected["log"]
+        assert got == expected
+
+
+def test_a_damaged_state_is_said_and_that_training_starts_anew(text, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", text, "--methods", "absmean", *TINY, "--steps", "4", "--save-minutes", "0", "--out"]
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    with monkeypatch.context() as m:
+        m.setattr(train_tiny.Study, "keep", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_quietly(*arguments, tmp_path / "run") == 130
+    (state,) = (tmp_path / "run" / "runs").glob("*-last.pt")
+    (tmp_path / "run" / "pretrained-seed0.pt").unlink()
+    state.write_bytes(state.read_bytes()[:1000])
+    assert run_quietly(*arguments, tmp_path / "run", "--resume") == 0
+    assert "cannot be read" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+
+
+def test_trouble_is_said_in_a_line_and_is_an_error_with_strict(text, tmp_path, capsys):
+    soft = ["--data", text, "--methods", "hestia-no-hessian", *TINY, "--steps", "2", "--rho", "1", "--out"]
+    with warnings.catch_warnings():
+        assert train_tiny.main([*soft, str(tmp_path / "warned")]) == 0
+    assert "tau has not reached hard at the end" in capsys.readouterr().out
+    assert train_tiny.main([*soft, str(tmp_path / "strict"), "--strict"]) == 1
+    assert "an error because of --strict" in capsys.readouterr().err
+    alike = ["--data", text, "--methods", "hestia", *TINY, "--steps", "2", "--kappa", "0.001", "--strict", "--out"]
+    assert train_tiny.main([*alike, str(tmp_path / "alike")]) == 1
+    assert "the sensitivity scores are all alike" in capsys.readouterr().err
+
+
+def test_a_spike_of_the_gradient_is_said(text, tmp_path, monkeypatch, capsys):
+    original = h.Llama.forward
+
+    def forward(self, ids, targets=None, *more):
+        out = original(self, ids, targets, *more)
+        forward.calls += targets is not None and torch.is_grad_enabled()
+        return 1e5 * out if forward.calls == 30 else out
+
+    forward.calls = 0
+    monkeypatch.setattr(h.Llama, "forward", forward)
+    arguments = ["--data", text, "--methods", "full", *TINY, "--lr", "1e-5", "--out", str(tmp_path / "run")]
+    assert train_tiny.main(arguments) == 0
+    assert "a gradient norm of" in capsys.readouterr().out
+
+
 def test_several_processes_find_what_one_finds(text, tmp_path):
     more = ["--methods", "absmean", "hestia:alpha=0.6", "--lrs", "1e-3", "2e-3", *TINY, "--steps", "4"]
     results = []
@@ -2375,6 +2886,42 @@ def test_two_bit_and_binary_runs_save_and_read_back(text, tmp_path):
     assert train_tiny.main(arguments) == 0  # it compares the loss before saving with the one after reading back
     table = json.loads((out / "results.json").read_text())["table"]
     assert table["hestia-2bit"]["on_grid"] == table["hestia-binary"]["on_grid"] == [1.0, None]
+
+
+def test_the_bench_measures_every_mode(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    arguments = shlex.split("--bench --rounds 1 --steps 1 --micro 1 --accumulate 1 --block-size 16 --no-compile")
+    assert train_tiny.main([*arguments, "--out", str(out), "--modes", "full"]) == 0
+    assert len(json.loads(out.read_text())) == 1 and "| full precision" in capsys.readouterr().out
+    for mode in ("absmean", "hestia", "naive", "plain", "passes"):  # what it does in processes of their own
+        assert train_tiny.main([*arguments, "--worker", mode]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {row["mode"]: row for row in (json.loads(line.removeprefix("result ")) for line in lines)}
+    assert len(rows) == 4 + 3 and all(row["ms"] > 0 for row in rows.values())
+    assert all(0 < rows[m]["of_matrix_rate"] < 1 for m in ("absmean", "hestia", "naive", "plain"))
+    assert train_tiny.main(["--bench", "--modes", "magic"]) == 2
+
+
+def test_the_naive_forward_of_the_bench_is_hestias():
+    linear = nn.Linear(16, 4, bias=False)
+    linear.__class__, linear.group_size = train_tiny.NaiveLinear, 8
+    linear.now = torch.tensor([0.4, 0.3, *h.TERNARY])
+    torch.testing.assert_close(linear(torch.eye(16)), h.effective_weight(linear.weight, 0.3, 0.4, 8).T)
+
+
+def test_torchrun_shares_the_batches_and_changes_nothing_else(text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(train_tiny.__file__).resolve())
+    arguments = ["--data", text, *TINY, "--methods", "hestia"]
+    done = subprocess.run([*command, script, *arguments, "--out", str(tmp_path / "two"), "--shard"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    tables = [json.loads((tmp_path / run / "results.json").read_text())["table"]["hestia"] for run in ("one", "two")]
+    assert tables[0]["val"][0] == pytest.approx(tables[1]["val"][0], abs=2e-3)
 
 
 def test_without_out_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):

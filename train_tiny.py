@@ -4,6 +4,8 @@
     python train_tiny.py --preset gpu                # the same at 1.7 M parameters and three seeds, on a GPU
     python train_tiny.py --data my.txt --methods full absmean hestia --seeds 3
     python train_tiny.py --llama Llama-3.2-1B --data my.txt      # a trained Llama in, a ternary one out
+    torchrun --nproc-per-node 2 train_tiny.py ...                # the same, every batch shared by two GPUs
+    python train_tiny.py --bench --llama 1b                      # what a step costs (section 5.5); see --bench --help
 
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
@@ -30,8 +32,11 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
 import time
 import warnings
+import zipfile
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -96,10 +101,13 @@ class Config:
     eval_tokens: int = option("tokens of each split on which the table's losses are measured; 0: all", 65536, 524288)
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
+    shard: bool = option("under torchrun: each process keeps only its share of AdamW's state", False)
     show: str = option("only print the tables of this results.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
     jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
-    resume: bool = option("go on with the run in --out, which was interrupted, after the last finished run", False)
+    save_minutes: float = option("minutes between saves of a training's state, for --resume; 0: after each step", 5.0)
+    strict: bool = option("stop with an error where a line would warn of trouble in a training", False)
+    resume: bool = option("go on with the run in --out, which was interrupted, where it was", False)
 
 
 CHOICES = {
@@ -229,7 +237,7 @@ def check(config):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
     if config.block_size < 2:
         raise InputError(f"--block-size is {config.block_size}; expected at least 2, a token and the next one")
-    for name in ("weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
+    for name in ("save_minutes", "weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected 0 or more")
     if not 0 <= config.rho <= 1:
@@ -505,6 +513,17 @@ class Snapshots:
         if (t + 1) % self.log_every == 0 or t + 1 == qat.total_steps - 1:
             self.keep()
 
+    def state(self):
+        """All of it, in tensors and numbers, to be saved; `take` puts it back."""
+        rows = [{**row, "hist": torch.from_numpy(np.array(row["hist"]))} for row in self.rows]
+        return {"rows": rows, "before": self.before, "codes": self.codes_before_end}
+
+    def take(self, state):
+        device = next(iter(self.before.values())).device
+        here = lambda tensors: tensors and {name: t.to(device) for name, t in tensors.items()}
+        self.rows = [{**row, "hist": list(row["hist"].numpy())} for row in state["rows"]]
+        self.before, self.codes_before_end = here(state["before"]), here(state["codes"])
+
     def changed_since(self):
         now = self.qat.codes()
         changed = sum(int((now[name] != old).sum()) for name, old in self.codes_before_end.items())
@@ -525,9 +544,12 @@ class Reporter:
         self.study, self.about = study, {"seed": seed, "method": name}
         self.file = open(study.runs / f"{file_name(name, seed)}.jsonl", "w")  # noqa: SIM115, closed at the run's end
 
-    def line(self, r, total):
+    def write(self, r):
         self.file.write(json.dumps({**self.about, **r}) + "\n")
         self.file.flush()
+
+    def line(self, r, total):
+        self.write(r)
         if self.study.config.jobs > 1:  # lines of several runs would mix
             return
         text = f"  step {r['step']:5d}/{total}  loss {r['loss']:.4f}  lr {r['lr']:.1e}  grad {r['grad_norm']:.2f}"
@@ -545,48 +567,201 @@ class Reporter:
             self.study.steps_ahead = 0  # said once
 
 
-def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
-    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
-    config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
-    snapshots = Snapshots(qat, log_every) if qat else None
-    plain = getattr(model, "_orig_mod", model)  # under torch.compile
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (SIGINT) or SIGTERM; its argument is the signal's number."""
 
-    def trained():
+
+class Signals:
+    """What Ctrl-C and SIGTERM do: end the program, or, while a run trains, do so after the step, when its state is
+    saved. A second one ends it at once."""
+
+    training, asked, worker, before = False, None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if self.worker and not self.training:
+            os._exit(128 + number)  # it has nothing to save, and the first process says what there is to say
+        if not self.training or self.asked:
+            self.asked = None
+            raise Interrupted(number)
+        self.asked = number
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+
+signals = Signals()
+
+
+class Saved:
+    """The state of one training on disk: folder/runs/NAME-last.pt, written aside, checked and renamed every
+    --save-minutes and when the program is told to stop, and gone when the training is finished. NAME-best.pt: the
+    weights (W, not rounded) whose hard loss on the validation text was lowest, if those at the end were not."""
+
+    def __init__(self, study, name, seed):
+        self.last = study.runs / f"{file_name(name, seed)}-last.pt"
+        self.best = study.runs / f"{file_name(name, seed)}-best.pt"
+        self.every, self.clock, self.loss = 60 * study.config.save_minutes, time.monotonic(), math.inf
+
+    def read(self):
+        """The newest state, or None."""
+        if not self.last.exists():
+            return None
+        try:
+            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            self.loss = state["best"]
+            return state
+        except Exception as error:  # whatever a damaged file may raise
+            print(f"  note: {self.last} cannot be read ({str(error).splitlines()[0]}); this training starts anew")
+            return None
+
+    def write(self, path, state):
+        with whole(path) as aside:
+            torch.save(state, aside)
+            with zipfile.ZipFile(aside) as written:
+                if written.testzip():  # its checksums
+                    raise OSError(f"{path} reads back differently from what was written; is the disk sound?")
+
+    def __call__(self, t, state):
+        """After each step: save if it is time, stop if that was asked for."""
+        asked, due = signals.asked or 0, time.monotonic() - self.clock >= self.every
+        if torch.distributed.is_initialized():  # all at the same step, which takes a message: every tenth
+            if t % 10 < 9:
+                return
+            said = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(said, (asked, due))
+            asked, due = max(a for a, _ in said), any(d for _, d in said)
+        signals.asked = None
+        if asked or due:
+            now = {**state(), "best": self.loss}  # of which every process has a share
+            if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+                self.write(self.last, now)
+            self.clock = time.monotonic()
+        if asked:
+            raise Interrupted(asked)
+
+    def offer(self, loss, weights, finished):
+        """Keep weights() if no hard loss was lower; the end's own weights are kept elsewhere."""
+        if not loss < self.loss:
+            return
+        self.loss = loss
+        if finished:
+            self.best.unlink(missing_ok=True)
+        else:
+            self.write(self.best, weights())
+
+
+def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
+    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents.
+    It goes on from its saved state, if there is one."""
+    config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
+    snapshots, saved = Snapshots(qat, log_every) if qat else None, Saved(study, name, seed)
+    plain = getattr(model, "_orig_mod", model)  # under torch.compile
+    state = saved.read()
+    if state:
+        print(f"  {name} goes on from step {state['step']} of {steps}", flush=True)
+        for record in state["log"]:
+            reporter.write(record)
+        if snapshots:
+            snapshots.take(state["snapshots"])
+    if torch.distributed.is_initialized():
+        model = in_parallel(model, qat)
+
+    def trained(t):
         """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
         latents = {name + ".weight": w for name, w in qat.latents.items()} if qat else {}
         copies = {}  # by address, so that a tied head is copied once
-        for t in (tensors := {**plain.state_dict(), **latents}).values():
-            if t.data_ptr() not in copies:
-                copies[t.data_ptr()] = t.detach().to("cpu", copy=True)
-        return {name: copies[t.data_ptr()] for name, t in tensors.items()}
+        for x in (tensors := {**plain.state_dict(), **latents}).values():
+            if x.data_ptr() not in copies:
+                copies[x.data_ptr()] = x.detach().to("cpu", copy=True)
+        tensors = {name: copies[x.data_ptr()] for name, x in tensors.items()}
+        return {"step": t, "config": dataclasses.asdict(plain.config_now()), "model": tensors}
 
-    good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of a later log line
+    good, newest = trained(state["step"] if state else 0), None  # weights whose loss was finite; of a later log line
+    norms = [record["grad_norm"] for record in state["log"]] if state else []
 
     def on_step(t, record):
         nonlocal good, newest
-        good = newest or good  # this step's loss was finite, and came of the weights kept after an earlier one
-        newest = {"step": t + 1, "model": trained()} if record is not None and t % (5 * log_every) == 0 else None
         if record is not None:
+            good = newest or good  # this step's loss was finite, and came of the weights kept at an earlier one
+            newest = trained(t + 1) if t % (5 * log_every) == 0 else None
             reporter.line(record, steps)
+            usual = float(np.median(norms)) if len(norms) >= 5 else math.inf
+            if record["grad_norm_max"] > 100 * usual:
+                warn(f"{name}: a gradient norm of {record['grad_norm_max']:.3g} by step {t}, where {usual:.3g} is "
+                     "usual: a spike in the data, or a learning rate too high")  # fmt: skip
+            norms.append(record["grad_norm"])
+            if "val_loss_hard" in record:
+                saved.offer(record["val_loss_hard"], lambda: trained(t + 1), finished=t == steps - 1)
         if snapshots:
             snapshots(t, record)
 
+    def save(t, state):
+        saved(t, lambda: {**state(), "snapshots": snapshots and snapshots.state()})
+
+    signals.training = True
     try:
         hestia.train(
             model, study.train_text, steps=steps, lr=lr, qat=qat, name=name,
             seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
-            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn,
+            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn, save=save, state=state,
+            shard_optimizer=config.shard,
         )  # fmt: skip
     except hestia.Diverged as error:
         path = study.folder / f"last-good-{file_name(name, seed)}.pt"
         with whole(path) as aside:
-            torch.save({"config": dataclasses.asdict(plain.config_now()), **good}, aside)
+            torch.save(good, aside)
+        saved.last.unlink(missing_ok=True)  # it would only diverge again
         raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
     finally:
+        signals.training = False
         reporter.file.close()
+    if qat:
+        check_hardness(study, name, qat)
     return snapshots
+
+
+class Trouble(UserWarning):
+    """A training that may have gone wrong; an error with --strict."""
+
+
+def warn(message):
+    warnings.warn(message, Trouble, stacklevel=2)
+
+
+@torch.no_grad()
+def check_hardness(study, name, qat):
+    """At the end of a training: do the hard weights do what the soft ones did?"""
+    if qat.quantizer.harden is None or qat.biases:
+        return
+    qat.relax(qat.total_steps - 1)
+    soft = {tensor: w.detach().clone() for tensor, w in qat.weights.items()}
+    hard, _ = qat._hard_weights()
+    away = {tensor: float((soft[tensor].float() - w).norm() / w.norm().clamp_min(1e-30)) for tensor, w in hard.items()}
+    far = max(away, key=away.get)
+    if qat.quantizer.soft and away[far] > 0.1:
+        warn(f"{name}: tau has not reached hard at the end: the last soft weights of {far} are {100 * away[far]:.0f} % "
+             "away from the ternary ones; train for more steps, or with a smaller rho")  # fmt: skip
+    text = study.samples["val"][: 4 * study.config.block_size]
+    loss = lambda: hestia.evaluate(qat.model, text, study.config.block_size)
+    before, costs = loss(), {}
+    with qat.hard():
+        gap = loss() - before
+    if gap > 0.05:  # which tensor is it? harden one at a time
+        for tensor, weight in qat.weights.items():
+            weight.data = hard[tensor].to(weight.dtype)
+            costs[tensor] = loss() - before
+            weight.data = soft[tensor]
+        worst = max(costs, key=costs.get)
+        warn(f"{name}: the hard weights lose {gap:.3f} nats against the last soft ones, {worst} alone "
+             f"{costs[worst]:.3f}: it hardened too early, or not at all")  # fmt: skip
 
 
 def sensitivities(config, model, tokens, seed, folder):
@@ -625,7 +800,9 @@ def sensitivities(config, model, tokens, seed, folder):
 
 
 def as_estimate(h):
-    return hestia.TraceEstimate(**h) if len(h) > 1 else float(h["value"])
+    """An entry of sensitivities.json, without its score, as hestia.py gave it."""
+    value = {k: v for k, v in h.items() if k != "score"}
+    return hestia.TraceEstimate(**value) if len(value) > 1 else float(h["value"])
 
 
 def read_sensitivities(folder):
@@ -743,6 +920,8 @@ class Study:
             with whole(self.runs / f"{file_name(name, seed)}.npz") as aside, open(aside, "wb") as file:
                 np.savez_compressed(file, **arrays)
         save_json(self.runs / f"{file_name(name, seed)}.json", entry)
+        for done in (name, *(["pretrain"] if name == "start" else [])):
+            (self.runs / f"{file_name(done, seed)}-last.pt").unlink(missing_ok=True)
 
     def gather(self, runs):
         """log.jsonl and snapshots.npz of the whole study, from those of its (name, seed) runs, in that order."""
@@ -817,7 +996,8 @@ def for_each(study, function, tasks):
 def _begin_work(config, folder, counter):
     """In a process of its own: what `run` has set up in the first one."""
     global _study
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches every process; one message is enough
+    signals.worker = True
+    signals.__enter__()
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if config.device == "cuda":
@@ -842,7 +1022,7 @@ def scores_needed(config):
 
 def prepare(study, seed):
     """What all methods of a seed share: full-precision weights in a file, their losses, and the sensitivities, in
-    runs/start-seedN.json. Returns the entries for sensitivities.json."""
+    runs/start-seedN.json."""
     config, model = study.config, study.model
     begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
     torch.manual_seed(seed)
@@ -850,27 +1030,27 @@ def prepare(study, seed):
     if study.start:
         begin(f"full precision: as it is in {config.llama}")
         restore(model, study.start)
+    elif (path := study.folder / f"pretrained-seed{seed}.pt").exists():
+        restore(model, load_checkpoint(path).state_dict())
     else:
         restore(model, hestia.Llama(model.config).state_dict())
         size = sum(p.numel() for p in model.parameters())
         begin(f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
         fast = torch.compile(model) if config.compile else model
         train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
-        save_checkpoint(study.folder / f"pretrained-seed{seed}.pt", model)
+        save_checkpoint(path, model)
     entry = {"before": {"seconds": time.perf_counter() - clock, **study.losses()}}
     with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
         entry["untrained"] = study.losses()
-    entry["sensitivities"], found = {}, {}
-    for samples in scores_needed(config):
-        about, known = guidance(dataclasses.replace(config, samples=samples), seed, study, begin)
-        entry["sensitivities"][str(samples)] = about
-        found |= known
+    entry["sensitivities"] = {
+        str(samples): guidance(dataclasses.replace(config, samples=samples), seed, study, begin)
+        for samples in scores_needed(config)
+    }
     study.keep("start", seed, entry)
-    return found
 
 
 def guidance(config, seed, study, begin):
-    """What results.json says about the sensitivities at the weights that the model has, and sensitivities.json."""
+    """The sensitivities at the weights that the model has, with the scores, as sensitivities.json has them."""
     what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
             "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
             "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
@@ -880,8 +1060,11 @@ def guidance(config, seed, study, begin):
     found = {name: as_estimate(h) for name, h in entry["tensors"].items()}
     describe_sensitivities(found)
     scores = hestia.sensitivity_scores(found, config.kappa)
+    if config.kappa and max(scores.values()) - min(scores.values()) < 0.02:
+        warn("the sensitivity scores are all alike, so they guide nothing: the traces were not told apart; more "
+             "--calibration sequences or --samples")  # fmt: skip
     tensors = {name: {**h, "score": scores[name]} for name, h in entry["tensors"].items()}
-    return {"seconds": entry["seconds"], "tensors": tensors}, {key: entry}
+    return {"key": key, **entry, "tensors": tensors}
 
 
 def starting_point(study, seed):
@@ -979,8 +1162,10 @@ def run_all(study):
     order += [(method, seed) for seed in seeds for method in config.methods]
     try:
         with processes(study):
-            for found in for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]):
-                save_json(study.folder / "sensitivities.json", {**read_sensitivities(study.folder), **found})
+            list(for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]))
+            found = [s for seed in started for s in study.known("start", seed)["sensitivities"].values()]
+            if found:
+                save_json(study.folder / "sensitivities.json", {s.pop("key"): s for s in found})
             list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
             tuning = {}
             for _, method, lr, name in tried:
@@ -1024,14 +1209,14 @@ def expected_memory(config, model):
     rest = sum(p.numel() for p in model.parameters()) - n
     narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
     # what a method's graph keeps of each weight from relax to pull_back, in bytes, where it was measured
-    saved = {"absmean": 0, "full": 0, "hestia": 4, "hestia-no-hessian": 4, "fairy2i-hestia": 52}
-    graph = max(saved.get(method.partition(":")[0], 20) for method in config.methods)
+    graph = max(0 if plots.quantizer(m).relax in hestia.SLOPES else 52 if m == "fairy2i-hestia" else 20
+                for m in config.methods)  # fmt: skip
     weights = n * (4 + 8 + 4 + 4 + 4 + graph) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last
     tokens = config.batch_size // config.micro_batches * config.block_size
     layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
     kept = tokens * narrow * c.hidden_size * c.num_hidden_layers + layer if config.checkpointing else (
         layer * c.num_hidden_layers)  # fmt: skip
-    logits = 3 * 4 * min(1 << 24, tokens * c.vocab_size)
+    logits = 2 * 2 * tokens * c.vocab_size if cuda and config.compile else 3 * 4 * min(1 << 24, tokens * c.vocab_size)
     gib = (weights + kept + logits) / 2**30
     have = torch.cuda.get_device_properties(config.device).total_memory / 2**30 if cuda else math.inf
     if gib > have:
@@ -1214,6 +1399,7 @@ def settle(config):
         sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
     torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
+    warnings.filterwarnings("error" if config.strict else "always", category=Trouble)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
     if config.compile:  # every method is another graph, and torch would stop compiling one piece of code after eight
         from torch._dynamo import config as dynamo  # loads much, so only here
@@ -1240,11 +1426,10 @@ def run(config):
         print(expected_memory(config, study.model), flush=True)
     study.read()
     facts = study.facts
-    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in ("resume", "jobs", "show")},
-             "data": facts}  # fmt: skip
+    passing = ("resume", "jobs", "show", "strict", "save_minutes", "shard")  # they change nothing of the result
+    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in passing}, "data": facts}
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
-    study.open(folder)
     began = time.perf_counter()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     cuda = config.device.startswith("cuda")
@@ -1255,6 +1440,7 @@ def run(config):
     if sessions[0] != sessions[-1]:
         print("  note: this session's versions, commit or hardware differ from the first one's; results.json has both")
     save_json(folder / "config.json", {**about, "sessions": sessions})
+    study.open(folder)
     unit = facts["unit"]
     size = f"{facts[f'train_{unit}']:,} + {facts[f'val_{unit}']:,} {unit}"
     print(f"{facts['source']}: {size}, sha256 {facts['sha256'][:12]}")
@@ -1327,20 +1513,288 @@ def commit():
         return None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# data parallel: torchrun starts this script once per GPU; all do the same, and share every training batch
+
+
+@contextmanager
+def one_of_several(config):
+    """Under torchrun: join the other processes. All but the first are silent and write to a folder that is removed."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    cuda = torch.cuda.is_available() and not config.device.startswith("cpu")
+    if cuda:
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(config.device)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    screen = sys.stdout
+    with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere:
+        if torch.distributed.get_rank():
+            if config.resume and Path(config.out).is_dir():
+                shutil.copytree(config.out, Path(aside) / "run")
+            config.out, sys.stdout = str(Path(aside) / "run"), nowhere
+        torch.distributed.barrier()  # the first process changes nothing before all have copied what it has
+        try:
+            yield
+            torch.distributed.barrier()  # none leaves while another still listens to it
+        finally:
+            sys.stdout = screen
+            torch.distributed.destroy_process_group()
+
+
+def in_parallel(model, qat):
+    """The model wrapped in DDP; the first process's scores and temperature for all, as estimates differ by rounding."""
+    if qat:
+        settings = [qat.tau_init, qat.scores]
+        torch.distributed.broadcast_object_list(settings)
+        qat.tau_init, qat.scores = settings
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# section 5.5 as a command: what a step costs, every mode in processes of its own, which take turns
+
+MODES = {"full": "full precision, narrow copy once per step", "absmean": "AbsMean STE", "hestia": "HESTIA",
+         "naive": "HESTIA, softmax in every forward", "plain": "float32 weights, autocast on a GPU",
+         "passes": "relax and pull_back alone"}  # fmt: skip
+SHAPES = {"1b": {}, "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}}
+
+
+def bench_options(arguments):
+    cuda = torch.cuda.is_available()
+    parser = Parser(prog="train_tiny.py --bench", description="Section 5.5: what a training step costs.")
+    for name, default, help in (
+        ("llama", "", "1b or 3b (random weights), or a folder; default: the tiny model"),
+        ("modes", list(MODES), "of " + ", ".join(MODES)), ("micro", 8 if cuda else 32, "sequences per micro-batch"),
+        ("accumulate", [1, 4], "micro-batches per step and process"), ("group-size", 128 if cuda else 64, "per scale"),
+        ("block-size", 1024 if cuda else 128, "tokens per sequence"), ("rounds", 3, "how often the modes take turns"),
+        ("steps", 20 if cuda else 8, "steps that are timed, after five others"), ("gpus", 1, "that share every batch"),
+        ("shard", False, "with --gpus: AdamW's state in shares"), ("checkpointing", False, "of activations, by layer"),
+        ("compile", cuda, "torch.compile"), ("out", "bench.json", "results are added to those that are there"),
+        ("worker", "", argparse.SUPPRESS),
+    ):  # fmt: skip
+        several, flag = isinstance(default, list), isinstance(default, bool)
+        kind = {"type": type(default[0] if several else default), "nargs": "+" if several else None}
+        kind = {"action": argparse.BooleanOptionalAction} if flag else kind
+        parser.add_argument("--" + name, default=default, help=help, **kind)
+    return parser.parse_args(arguments)
+
+
+def bench(arguments):
+    """Runs every mode `rounds` times; --out gets what each measured, the screen a table of all that is there."""
+    args, failed = bench_options(arguments), 0
+    if args.worker:
+        return bench_worker(args)
+    if unknown := set(args.modes) - set(MODES):
+        raise InputError(f"--modes: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(MODES)}")
+    rows = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else []
+    first = 1 + max((row["round"] for row in rows), default=-1)
+    for turn in range(first, first + args.rounds):
+        for mode in args.modes:
+            many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"] * (args.gpus > 1)
+            command = [sys.executable, *many, __file__, *arguments, "--bench", "--worker", mode]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("result ")]
+            print(f"round {turn}, {mode}:", *(f"{row['ms']:.2f} ms" for row in found), flush=True)
+            if done.returncode:
+                failed, said = 1, done.stderr.splitlines()
+                why = next((line for line in said if "Error:" in line or "Signal" in line), "".join(said[-1:]))
+                print(f"train_tiny.py: {mode} failed: {why}", file=sys.stderr, flush=True)
+            rows += [{"round": turn, **row} for row in found]
+            save_json(Path(args.out), rows)
+    print_bench(rows)
+    return failed
+
+
+def print_bench(rows):
+    """Medians over the rounds [least, largest]; a ratio compares two runs of one round."""
+    cell = lambda x, form: f"{np.median(x):{form}} [{min(x):{form}}, {max(x):{form}}]" if x else "-"
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        here = [row for row in rows if row["setting"] == setting]
+        full = {row["round"]: row["ms"] for row in here if row["mode"] == "full"}
+        print(f"\n{setting}\n\n| | ms | over full precision | tokens/s | model TFLOP/s | of the matrix rate | of the "
+              "copy rate | GiB |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+        for mode in dict.fromkeys(row["mode"] for row in here):
+            of = lambda key, mode=mode, here=here: [row[key] for row in here if row["mode"] == mode and key in row]
+            ratio = [r["ms"] / full[r["round"]] for r in here if r["mode"] == mode and r["round"] in full]
+            cells = [cell(of(key), form) for key, form in (("tokens_per_s", ".0f"), ("tflops", ".4g"),
+                     ("of_matrix_rate", ".1%"), ("of_copy_rate", ".1%"), ("GiB", ".2f"))]  # fmt: skip
+            print("|", " | ".join([MODES.get(mode, mode), cell(of("ms"), ".2f"), cell(ratio, ".3f"), *cells]), "|")
+
+
+def clock(device):
+    """Now, on the device's own clock, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a, b):
+    """Milliseconds from one clock() to another."""
+    if isinstance(a, float):
+        return 1e3 * (b - a)
+    b.synchronize()
+    return a.elapsed_time(b)
+
+
+def timed(device, *works, repeat=13):
+    """Median milliseconds of each work, done in turns; the first three turns are left out."""
+    turns = []
+    for _ in range(repeat):
+        turns.append([clock(device)])
+        for work in works:
+            work()
+            turns[-1].append(clock(device))
+    return [float(np.median([between(t[k], t[k + 1]) for t in turns[3:]])) for k in range(len(works))]
+
+
+def ceilings(device, square):
+    """TFLOP/s of a product of matrices like `square`, and GB/s of a copy, read and written bytes together."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 25), device=device)
+    target = torch.empty_like(source)
+    product, copying = timed(device, lambda: square @ square.T, lambda: target.copy_(source))
+    return 2e-9 * len(square) ** 3 / product, 8e-6 * len(source) / copying
+
+
+def softmax_per_forward(w, p, tau, q, group_size):
+    """Eqs. (7)-(9) as printed, by a softmax over a stacked codebook."""
+    gamma = hestia.absmean_scale(w, group_size)  # (n_groups, 1)
+    z = (w.view(-1, group_size) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+    pi = torch.softmax(-((z - q) ** 2) / tau, -1)  # (n_groups, g, 3)
+    return (1 - p) * w + p * (gamma * (pi * q).sum(-1)).view_as(w)
+
+
+class NaiveLinear(torch.nn.Linear):
+    def forward(self, x):
+        w = softmax_per_forward(self.weight, self.now[0], self.now[1], self.now[2:], self.group_size)
+        return torch.nn.functional.linear(x, w)
+
+
+def bench_passes(qat, device, square, now, copy_rate):
+    """relax and pull_back alone: W and the gradient read once, what they give written once, over time; and autograd
+    through a softmax over a stacked codebook, in eager mode."""
+    weights, latents = list(qat.weights.values()), list(qat.latents.values())
+    grads = [torch.randn_like(w) for w in weights]
+
+    queue = 20 if device.type == "cuda" else 0  # of products: the host is ahead of a GPU then, as it is in training
+    ahead = lambda: [square @ square for _ in range(queue)]
+    def give(to, grads):
+        for w, grad in zip(to, grads):
+            w.grad = grad
+
+    def stacked():
+        for w, grad in zip(latents, grads):
+            softmax_per_forward(w, now[0], now[1], now[2:], qat.group_size).to(grad.dtype).backward(grad)
+
+    _, relax, _, pull = timed(device, ahead, lambda: qat.relax(1), lambda: give(weights, grads), qat.pull_back)
+    _, naive = timed(device, lambda: give(latents, [None] * len(latents)), stacked, repeat=6)
+    n, narrow = sum(w.numel() for w in latents), weights[0].element_size()
+    share = lambda size, ms: {"ms": ms, "of_copy_rate": 1e-6 * n * size / ms / copy_rate}
+    return [{"mode": "relax alone", **share(4 + narrow, relax)}, {"mode": "pull_back alone", **share(8 + narrow, pull)},
+            {"mode": "both by a stacked softmax, eager", **share(12 + 2 * narrow, naive)}]  # fmt: skip
+
+
+def bench_worker(args):
+    """One mode in this process: prints a line "result {...}" for every accumulation. Random weights and tokens."""
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    cuda, mode, rank = torch.cuda.is_available(), args.worker, int(os.environ.get("RANK", 0))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch.cuda.set_device(device) if cuda else torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if cuda else torch.randn(1024, 1024)
+    matrix_rate, copy_rate = ceilings(device, square)
+    if args.llama and args.llama not in SHAPES:
+        model = hestia.load_llama(args.llama, torch.float32, device)
+    else:
+        with device:
+            model = hestia.Llama(hestia.LlamaConfig(**SHAPES[args.llama]) if args.llama else model_config(parse([])))
+    model.checkpointing, c, is_target = args.checkpointing, model.config, hestia._is_target(model)
+    linears = [module for name, module in model.named_modules() if is_target(name, module)]
+    flops = 6 * sum(m.weight.numel() for m in (*linears, model.lm_head))
+    flops += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * args.block_size  # causal attention
+    steps, qat = args.steps + 6, None  # five to warm up, and the last, which is logged
+    now = torch.tensor([0.5, 0.3, *hestia.TERNARY], device=device)  # p, tau and the codes
+    if mode == "naive":
+        for module in linears:
+            module.__class__, module.now, module.group_size = NaiveLinear, now, args.group_size
+    elif mode != "plain":
+        qat = hestia.Hestia(model, steps, method="hestia" if mode == "passes" else mode, group_size=args.group_size,
+                            tau_init=0.3, dtype=torch.bfloat16 if cuda else None, compile=args.compile)  # fmt: skip
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    setting = (f"{args.gpus} x {name}, torch {torch.__version__}, {args.llama or 'tiny'}{', compiled' * args.compile}"
+               f"{', checkpointing' * args.checkpointing}{', shards' * args.shard}")  # fmt: skip
+    about = {"mode": mode, "setting": setting, "matrix_tflops": matrix_rate, "copy_gb_per_s": copy_rate}
+    if mode == "passes":
+        for row in bench_passes(qat, device, square, now, copy_rate) if rank == 0 else ():
+            print("result " + json.dumps({**about, **row}))
+        return 0
+    fast = torch.compile(model) if args.compile else model
+    if args.gpus > 1:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        fast = in_parallel(fast, qat)
+    tokens = torch.randint(c.vocab_size, (1 << 20,), dtype=torch.int32)  # on the host, where a long text would be
+    for accumulate in args.accumulate:
+        marks, peak = [], 0.0
+
+        def on_step(t, record, marks=marks):
+            nonlocal peak
+            marks.append(clock(device))
+            p, tau = hestia.pressure(t, steps, 0.2), hestia.temperature(t, steps, 0.2, 0.3, 0.0, 0.0)
+            now[:2].copy_(torch.tensor([p, tau]), non_blocking=True)
+            if cuda and t == 4:
+                torch.cuda.reset_peak_memory_stats()
+            if t == steps - 2:
+                peak = (torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
+
+        batch = args.micro * accumulate * args.gpus
+        hestia.train(
+            fast, tokens, steps=steps, batch_size=batch, block_size=args.block_size, lr=1e-4, qat=qat, on_step=on_step,
+            micro_batches=accumulate, log_every=steps, shard_optimizer=args.shard,
+        )  # fmt: skip
+        laps = [between(a, b) for a, b in zip(marks[4:-1], marks[5:-1])]
+        ms = float(np.median(laps))
+        rate = 1e3 * batch * args.block_size / ms
+        row = {**about, "setting": f"{setting}, {args.micro} x {args.block_size} tokens x {accumulate}", "ms": ms,
+               "laps": laps, "tokens_per_s": rate, "tflops": 1e-12 * rate * flops, "GiB": peak,
+               "of_matrix_rate": 1e-12 * rate * flops / args.gpus / matrix_rate}  # fmt: skip
+        if rank == 0:
+            print("result " + json.dumps(row), flush=True)
+    if args.gpus > 1:
+        torch.distributed.barrier()  # none leaves while another still listens to it
+        torch.distributed.destroy_process_group()
+    return 0
+
+
 def main(arguments=None):
-    config = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        show(config.show) if config.show else run(config)
+        with signals, warnings.catch_warnings():
+            if "--bench" in arguments:
+                return bench([word for word in arguments if word != "--bench"])
+            config = parse(arguments)
+            if config.show:
+                show(config.show)
+                return 0
+            with one_of_several(config):
+                run(config)
+    except Trouble as error:
+        print(f"train_tiny.py: {error} (an error because of --strict)", file=sys.stderr)
+        return 1
     except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, OSError, ArithmeticError) as error:
         print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ntrain_tiny.py: interrupted; the same command with --out and the folder's name and --resume goes on "
-              "after the last finished method", file=sys.stderr)  # fmt: skip
-        return 130
+              "where it was", file=sys.stderr)  # fmt: skip
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
 
