@@ -2937,6 +2937,132 @@ def test_files_are_whole_or_absent(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# random command lines, valid and not: a result or one sentence, never a traceback
+
+SMALLEST = shlex.split("--hidden 8 --heads 2 --layers 1 --intermediate 8 --group-size 4 --steps 2 --pretrain-steps 1 "
+                       "--batch-size 2 --block-size 8 --eval-tokens 64 --calibration 1 --samples 2 --rank 1 "
+                       "--device cpu --no-compile --methods absmean")  # fmt: skip
+NUMBERS = {
+    int: [*shlex.split("-1 0 1 2 3 4 12 1_6 ' 4' 1000000000000 9999999999999999999999 1e3 many ² ''"), "1" * 5000],
+    float: shlex.split("-1 0 0.2 0.5 1 3 49 1e-30 1e-3 1e30 1e308 1e999 -1e-320 nan inf -inf 0,5 much ''"),
+}
+METHODS = [*h.QUANTIZERS, *shlex.split("""full,absmean hestia:alpha=0.6 hestia:rho=0,scores=shuffled magic HESTIA : , ''
+    hestia:scores=common,alpha=0 hestia:group_size=0 absmean:group_size=8 hestia:samples=3 hestia:alpha=0.1,alpha=0.2
+    hestia:group_size=-1 hestia:group_size=5 hestia:samples=2.5 hestia:samples=1 hestia:samples=9999999999999999999999
+    hestia:alpha=1e999 hestia:rho=nan hestia: hestia:alpha hestia:= twn:alpha=1 lsq:group_size=0 'a\nb'""")]
+
+
+def damaged(random, content):
+    """A JSON file cut off, with another byte somewhere, or with a value of another kind in it or one left out."""
+    where, how = random.randrange(len(content)), random.randrange(4)
+    if how == 0:
+        return content[:where]
+    if how == 1:
+        return content[:where] + bytes([random.randrange(256)]) + content[where + 1 :]
+    whole = inner = json.loads(content)
+    while True:
+        key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if not (isinstance(inner[key], dict | list) and inner[key] and random.random() < 0.7):
+            break
+        inner = inner[key]
+    inner[key] = random.choice([None, [], {}, "x", -1, 0, 1e999, 10**30, True, [[]], {"": 0}])
+    if how == 2:
+        del inner[key]
+    return json.dumps(whole).encode()
+
+
+def random_value(random, field, files, outs):
+    """Words to follow an option: some make sense, some do not. None of them makes a run long."""
+    if field.name in ("data", "val_data", "test_data", "llama", "show"):
+        return [random.choice(files)]
+    if field.name == "out":
+        return [random.choice(outs)]
+    if field.name == "device":
+        return [random.choice(["cpu", "cpu:0", "cpu:7", "CPU", "cuda:99", "meta", "mps", "hpu", "abacus", ":", ""])]
+    if field.name in ("preset", *train_tiny.CHOICES):
+        return [random.choice([*train_tiny.CHOICES.get(field.name, ["cpu", "gpu", "paper"]), "other", ""])]
+    if field.type is tuple:
+        return random.choices(METHODS if field.name == "methods" else NUMBERS[float], k=random.randrange(4))
+    value = random.choice(NUMBERS[field.type])
+    return ["-2" if field.name == "jobs" and value.strip("+- _0").isdecimal() and int(value) > 1 else value]
+
+
+def random_command(random, folder, finished):
+    """Arguments of train_tiny.py: the smallest job with up to three options more; sometimes its folder is damaged."""
+    out, text = str(folder / "run"), str(finished.parent / "text.txt")
+    files = [text, *(str(folder / name) for name in ("empty", "latin", "binary", "missing", "")), f"{text}/below", "",
+             "x" * 300, "\N{SNOWMAN}", "/dev/null", "/proc/self/mem", "--"]  # fmt: skip
+    outs = [out, str(folder), text, f"{text}/below", "/proc/nothing", "x" * 300, "", "a/b/c", "/dev/null"]
+    arguments = ["--data", text, *SMALLEST, "--out", out]
+    for _ in range(random.choice([0, 1, 1, 1, 2, 2, 3])):
+        field = random.choice(dataclasses.fields(train_tiny.Config))
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            arguments.append(name if field.name != "compile" and random.random() < 0.7 else "--no-" + name[2:])
+        else:
+            values = random_value(random, field, files, outs)
+            arguments += [f"{name}={values[0]}"] if len(values) == 1 and random.random() < 0.3 else [name, *values]
+    odd = random.random()
+    if odd < 0.04:
+        stray = random.choice(["--colour", "stray", "-h", "--", "--l", "-1", "--met", "--data", "--bench=1"])
+        arguments.insert(random.randrange(len(arguments)), stray)
+    elif odd < 0.06:
+        arguments.pop(random.randrange(len(arguments)))
+    elif odd < 0.12:
+        (folder / "results.json").write_bytes(damaged(random, (finished / "results.json").read_bytes()))
+        arguments = ["--show", str(folder / "results.json")]
+    elif odd < 0.22:
+        shutil.copytree(finished, out)
+        path = random.choice([Path(out) / "config.json", *sorted(Path(out).glob("runs/*.json"))])
+        path.write_bytes(damaged(random, path.read_bytes()))
+        arguments.append("--resume")
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def smallest_run(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smallest")
+    (folder / "text.txt").write_text(Path(text).read_text()[:8000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main(["--data", str(folder / "text.txt"), *SMALLEST, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("numbers", [range(25), pytest.param(range(25, 500), marks=pytest.mark.slow)], ids=str)
+def test_random_command_lines_end_with_a_result_or_one_sentence(numbers, smallest_run, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        rng, folder = random.Random(number), tmp_path / str(number)
+        folder.mkdir()
+        for name, content in {"empty": b"", "latin": b"ab\xe9cd" * 1000, "binary": bytes(range(256)) * 20}.items():
+            (folder / name).write_bytes(content)
+        arguments = random_command(rng, folder, smallest_run)
+        about = f"number {number}: {shlex.join(arguments)}"
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            patch.chdir(folder)
+            if rng.random() < 0.04:
+                patch.setattr(h, "train", interrupted)
+            warnings.simplefilter("ignore")
+            try:
+                code = train_tiny.main(arguments)
+            except SystemExit as stop:  # argparse's
+                code = stop.code
+            except BaseException as error:
+                pytest.fail(f"{about}: {error!r}")
+        said, error = capsys.readouterr()
+        assert code in (0, 1, 2, 130), about
+        assert error.strip().count("\n") == 0 and bool(error) == bool(code) and "Traceback" not in said, (about, error)
+        shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# presets, text, README
+
+
 def test_presets():
     paper = train_tiny.parse(["--preset", "paper"])  # Table 5
     table_5 = dict(batch_size=256, lr=1.5e-3, weight_decay=0.1, rho=0.2, alpha=0.4, tau_init=0.3, group_size=128,
