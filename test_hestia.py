@@ -115,6 +115,12 @@ def test_a_scale_of_the_wrong_shape_is_refused():
         h.soft_quantize(randn(3, 4), 0.3, group_size=4, scale=torch.ones(2, 1))
 
 
+def test_a_given_scale_is_held_constant():
+    w, scale = torch.ones(3, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    for f in (h.quantize, lambda w, **k: h.soft_quantize(w, 0.3, **k), lambda w, **k: h.assignment_probs(w, 0.3, **k)):
+        assert torch.autograd.grad(f(w, scale=scale).sum(), scale, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_ste_has_the_value_of_Q_and_the_gradient_of_identity(codebook):
     w = randn(5, 8, dtype=torch.float32).requires_grad_()
@@ -406,6 +412,8 @@ def test_empty_tensors_and_scalars():
         assert h.assignment_probs(w, 0.3).shape == (*shape, 3)
     assert h.soft_quantize(torch.zeros(0, 8), 0.3, group_size=4).shape == (0, 8)
     assert h.quantize(torch.tensor(-2.0)).item() == pytest.approx(-2.0)
+    with pytest.raises(ValueError, match="group size 2 does not divide the input dimension 1; 1 would"):
+        h.quantize(torch.tensor(-2.0), group_size=2)
 
 
 @pytest.mark.parametrize("tau", [-0.1, -math.inf, math.nan])
@@ -453,7 +461,12 @@ def test_tau_init_minimises_the_squared_error():
         error = lambda tau, c=codebook: sum((h.soft_quantize(w, tau, 8, c) - w).square().sum() for w in weights).item()
         assert error(best) <= min(error(tau) for tau in np.geomspace(0.011, 9, 200)) * (1 + 1e-6)
     assert h.optimal_tau_init({"a": weights[0]}, 8) == h.optimal_tau_init(weights[0], 8)
-    for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan])]):
+    few, many = 3 * randn(2, 8) ** 3, randn(64, 64, seed=1)  # every weight counts alike, not every tensor
+    assert h.optimal_tau_init([few, many], 8) == pytest.approx(h.optimal_tau_init(torch.cat([few.view(-1, 8),
+                                                                                       many.view(-1, 8)]), 8))
+    assert h.optimal_tau_init(f64([1e9, -1e9, 1e9])) < 0.02  # all on the grid already: as cold as the search goes
+    assert 0 < h.optimal_tau_init([torch.zeros(4), torch.tensor([0.0, 1.0, 0.4])]) < 1  # some zeros are no harm
+    for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan]), torch.ones(2)]):
         with pytest.raises(ValueError, match="finite weights that are not all zero"):
             h.optimal_tau_init(bad)
 
@@ -689,6 +702,35 @@ def test_hutchpp_counts_its_products_and_repeats():
     assert a == h.hutchpp(f, 60, 10, 20, torch.Generator().manual_seed(3), torch.float64)
     with pytest.raises(ValueError, match="samples >= 1"):
         h.hutchpp(f, 60, samples=0)
+    with pytest.raises(ValueError, match="rank >= 0"):
+        h.hutchpp(f, 60, rank=-1)
+    counted.clear()
+    assert h.hutchpp(f, 60, rank=0, samples=1, dtype=torch.float64) != 0 and sum(counted) == 1  # Hutchinson's
+    counted.clear()
+    h.hutchpp(f, 60, dtype=torch.float64)
+    assert sum(counted) == 40  # Table 5: 10 + 10 + 20
+
+
+def test_estimates_say_how_sure_they_are():
+    one, several = h._estimate(3.0, f64([3.0]), 7), h._estimate(2.0, f64([1.0, 3.0, 1.0, 3.0]), 4)
+    assert one == (3.0, math.inf, True, 7)  # one reading has no spread
+    assert several.stderr == pytest.approx((4 / 3 / 4) ** 0.5) and not several.flagged and several.products == 4
+    flagged = [h._estimate(x, f64([-1.0, 1.0]), 2).flagged for x in (-2.1, -2.0, 0.0, 2.0, 2.1)]
+    assert flagged == [False, True, True, True, False]
+    w, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    loss, params = lambda b: w.square().sum(), {"w": w, "unused": unused}
+    for estimator in ("hutchpp", "joint"):
+        told = []
+        found = h.hessian_traces(loss, params, [0], estimator, 0, 1, progress=lambda *now, told=told: told.append(now))
+        assert found == {"w": (6.0, math.inf, True, 1), "unused": (0.0, math.inf, True, 1)}
+        assert told == ([(1, 2), (2, 2)] if estimator == "hutchpp" else [(1, 1)])
+        assert {e.products for e in h.hessian_traces(loss, params, [0], estimator).values()} == (
+            {2 * 3 + 20, 2 * 2 + 20} if estimator == "hutchpp" else {40})  # fmt: skip
+    told = []
+    found = h.fisher_traces(lambda b: torch.stack([w, -w]), params, [0, 1], progress=lambda *now: told.append(now))
+    assert found["w"].value > 0 == found["unused"].value and found["w"].products == 20
+    assert told == [(k, 40) for k in range(1, 41)]
+    assert h.fisher_traces(lambda b: w.view(1, 3), params, [0], 1)["w"].stderr == math.inf
 
 
 def bias_in_standard_errors(estimate, truth, seeds=3000):
@@ -1001,7 +1043,9 @@ def test_scores_by_hand():
     scores = h.sensitivity_scores({"a": 1.0, "b": 100.0})  # logs -+ln 10 around their mean: standardised to -+1
     assert scores["a"] == pytest.approx(1 / (1 + math.e)) and scores["b"] == pytest.approx(1 / (1 + math.exp(-1)))
     assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=2.0)["b"] == pytest.approx(1 / (1 + math.exp(-2)))
-    assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # plain numbers are trusted
+        assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
     assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=1e4) == {"a": 0.0, "b": 1.0}
     assert h.sensitivity_scores({"a": 0.1, "b": 0.1, "c": 0.1}) == pytest.approx(dict.fromkeys("abc", 0.5), abs=1e-6)
 
