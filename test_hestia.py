@@ -115,6 +115,12 @@ def test_a_scale_of_the_wrong_shape_is_refused():
         h.soft_quantize(randn(3, 4), 0.3, group_size=4, scale=torch.ones(2, 1))
 
 
+def test_a_given_scale_is_held_constant():
+    w, scale = torch.ones(3, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    for f in (h.quantize, lambda w, **k: h.soft_quantize(w, 0.3, **k), lambda w, **k: h.assignment_probs(w, 0.3, **k)):
+        assert torch.autograd.grad(f(w, scale=scale).sum(), scale, allow_unused=True) == (None,)
+
+
 @pytest.mark.parametrize("codebook", CODEBOOKS)
 def test_ste_has_the_value_of_Q_and_the_gradient_of_identity(codebook):
     w = randn(5, 8, dtype=torch.float32).requires_grad_()
@@ -406,6 +412,8 @@ def test_empty_tensors_and_scalars():
         assert h.assignment_probs(w, 0.3).shape == (*shape, 3)
     assert h.soft_quantize(torch.zeros(0, 8), 0.3, group_size=4).shape == (0, 8)
     assert h.quantize(torch.tensor(-2.0)).item() == pytest.approx(-2.0)
+    with pytest.raises(ValueError, match="group size 2 does not divide the input dimension 1; 1 would"):
+        h.quantize(torch.tensor(-2.0), group_size=2)
 
 
 @pytest.mark.parametrize("tau", [-0.1, -math.inf, math.nan])
@@ -453,7 +461,12 @@ def test_tau_init_minimises_the_squared_error():
         error = lambda tau, c=codebook: sum((h.soft_quantize(w, tau, 8, c) - w).square().sum() for w in weights).item()
         assert error(best) <= min(error(tau) for tau in np.geomspace(0.011, 9, 200)) * (1 + 1e-6)
     assert h.optimal_tau_init({"a": weights[0]}, 8) == h.optimal_tau_init(weights[0], 8)
-    for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan])]):
+    few, many = 3 * randn(2, 8) ** 3, randn(64, 64, seed=1)  # every weight counts alike, not every tensor
+    assert h.optimal_tau_init([few, many], 8) == pytest.approx(h.optimal_tau_init(torch.cat([few.view(-1, 8),
+                                                                                       many.view(-1, 8)]), 8))
+    assert h.optimal_tau_init(f64([1e9, -1e9, 1e9])) < 0.02  # all on the grid already: as cold as the search goes
+    assert 0 < h.optimal_tau_init([torch.zeros(4), torch.tensor([0.0, 1.0, 0.4])]) < 1  # some zeros are no harm
+    for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan]), torch.ones(2)]):
         with pytest.raises(ValueError, match="finite weights that are not all zero"):
             h.optimal_tau_init(bad)
 
@@ -689,6 +702,35 @@ def test_hutchpp_counts_its_products_and_repeats():
     assert a == h.hutchpp(f, 60, 10, 20, torch.Generator().manual_seed(3), torch.float64)
     with pytest.raises(ValueError, match="samples >= 1"):
         h.hutchpp(f, 60, samples=0)
+    with pytest.raises(ValueError, match="rank >= 0"):
+        h.hutchpp(f, 60, rank=-1)
+    counted.clear()
+    assert h.hutchpp(f, 60, rank=0, samples=1, dtype=torch.float64) != 0 and sum(counted) == 1  # Hutchinson's
+    counted.clear()
+    h.hutchpp(f, 60, dtype=torch.float64)
+    assert sum(counted) == 40  # Table 5: 10 + 10 + 20
+
+
+def test_estimates_say_how_sure_they_are():
+    one, several = h._estimate(3.0, f64([3.0]), 7), h._estimate(2.0, f64([1.0, 3.0, 1.0, 3.0]), 4)
+    assert one == (3.0, math.inf, True, 7)  # one reading has no spread
+    assert several.stderr == pytest.approx((4 / 3 / 4) ** 0.5) and not several.flagged and several.products == 4
+    flagged = [h._estimate(x, f64([-1.0, 1.0]), 2).flagged for x in (-2.1, -2.0, 0.0, 2.0, 2.1)]
+    assert flagged == [False, True, True, True, False]
+    w, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    loss, params = lambda b: w.square().sum(), {"w": w, "unused": unused}
+    for estimator in ("hutchpp", "joint"):
+        told = []
+        found = h.hessian_traces(loss, params, [0], estimator, 0, 1, progress=lambda *now, told=told: told.append(now))
+        assert found == {"w": (6.0, math.inf, True, 1), "unused": (0.0, math.inf, True, 1)}
+        assert told == ([(1, 2), (2, 2)] if estimator == "hutchpp" else [(1, 1)])
+        assert {e.products for e in h.hessian_traces(loss, params, [0], estimator).values()} == (
+            {2 * 3 + 20, 2 * 2 + 20} if estimator == "hutchpp" else {40})  # fmt: skip
+    told = []
+    found = h.fisher_traces(lambda b: torch.stack([w, -w]), params, [0, 1], progress=lambda *now: told.append(now))
+    assert found["w"].value > 0 == found["unused"].value and found["w"].products == 20
+    assert told == [(k, 40) for k in range(1, 41)]
+    assert h.fisher_traces(lambda b: w.view(1, 3), params, [0], 1)["w"].stderr == math.inf
 
 
 def bias_in_standard_errors(estimate, truth, seeds=3000):
@@ -1001,7 +1043,9 @@ def test_scores_by_hand():
     scores = h.sensitivity_scores({"a": 1.0, "b": 100.0})  # logs -+ln 10 around their mean: standardised to -+1
     assert scores["a"] == pytest.approx(1 / (1 + math.e)) and scores["b"] == pytest.approx(1 / (1 + math.exp(-1)))
     assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=2.0)["b"] == pytest.approx(1 / (1 + math.exp(-2)))
-    assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # plain numbers are trusted
+        assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
     assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=1e4) == {"a": 0.0, "b": 1.0}
     assert h.sensitivity_scores({"a": 0.1, "b": 0.1, "c": 0.1}) == pytest.approx(dict.fromkeys("abc", 0.5), abs=1e-6)
 
@@ -2998,6 +3042,132 @@ def test_files_are_whole_or_absent(tmp_path):
         aside.write_text("half")
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# random command lines, valid and not: a result or one sentence, never a traceback
+
+SMALLEST = shlex.split("--hidden 8 --heads 2 --layers 1 --intermediate 8 --group-size 4 --steps 2 --pretrain-steps 1 "
+                       "--batch-size 2 --block-size 8 --eval-tokens 64 --calibration 1 --samples 2 --rank 1 "
+                       "--device cpu --no-compile --methods absmean")  # fmt: skip
+NUMBERS = {
+    int: [*shlex.split("-1 0 1 2 3 4 12 1_6 ' 4' 1000000000000 9999999999999999999999 1e3 many ² ''"), "1" * 5000],
+    float: shlex.split("-1 0 0.2 0.5 1 3 49 1e-30 1e-3 1e30 1e308 1e999 -1e-320 nan inf -inf 0,5 much ''"),
+}
+METHODS = [*h.QUANTIZERS, *shlex.split("""full,absmean hestia:alpha=0.6 hestia:rho=0,scores=shuffled magic HESTIA : , ''
+    hestia:scores=common,alpha=0 hestia:group_size=0 absmean:group_size=8 hestia:samples=3 hestia:alpha=0.1,alpha=0.2
+    hestia:group_size=-1 hestia:group_size=5 hestia:samples=2.5 hestia:samples=1 hestia:samples=9999999999999999999999
+    hestia:alpha=1e999 hestia:rho=nan hestia: hestia:alpha hestia:= twn:alpha=1 lsq:group_size=0 'a\nb'""")]
+
+
+def damaged(random, content):
+    """A JSON file cut off, with another byte somewhere, or with a value of another kind in it or one left out."""
+    where, how = random.randrange(len(content)), random.randrange(4)
+    if how == 0:
+        return content[:where]
+    if how == 1:
+        return content[:where] + bytes([random.randrange(256)]) + content[where + 1 :]
+    whole = inner = json.loads(content)
+    while True:
+        key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if not (isinstance(inner[key], dict | list) and inner[key] and random.random() < 0.7):
+            break
+        inner = inner[key]
+    inner[key] = random.choice([None, [], {}, "x", -1, 0, 1e999, 10**30, True, [[]], {"": 0}])
+    if how == 2:
+        del inner[key]
+    return json.dumps(whole).encode()
+
+
+def random_value(random, field, files, outs):
+    """Words to follow an option: some make sense, some do not. None of them makes a run long."""
+    if field.name in ("data", "val_data", "test_data", "llama", "show"):
+        return [random.choice(files)]
+    if field.name == "out":
+        return [random.choice(outs)]
+    if field.name == "device":
+        return [random.choice(["cpu", "cpu:0", "cpu:7", "CPU", "cuda:99", "meta", "mps", "hpu", "abacus", ":", ""])]
+    if field.name in ("preset", *train_tiny.CHOICES):
+        return [random.choice([*train_tiny.CHOICES.get(field.name, ["cpu", "gpu", "paper"]), "other", ""])]
+    if field.type is tuple:
+        return random.choices(METHODS if field.name == "methods" else NUMBERS[float], k=random.randrange(4))
+    value = random.choice(NUMBERS[field.type])
+    return ["-2" if field.name == "jobs" and value.strip("+- _0").isdecimal() and int(value) > 1 else value]
+
+
+def random_command(random, folder, finished):
+    """Arguments of train_tiny.py: the smallest job with up to three options more; sometimes its folder is damaged."""
+    out, text = str(folder / "run"), str(finished.parent / "text.txt")
+    files = [text, *(str(folder / name) for name in ("empty", "latin", "binary", "missing", "")), f"{text}/below", "",
+             "x" * 300, "\N{SNOWMAN}", "/dev/null", "/proc/self/mem", "--"]  # fmt: skip
+    outs = [out, str(folder), text, f"{text}/below", "/proc/nothing", "x" * 300, "", "a/b/c", "/dev/null"]
+    arguments = ["--data", text, *SMALLEST, "--out", out]
+    for _ in range(random.choice([0, 1, 1, 1, 2, 2, 3])):
+        field = random.choice(dataclasses.fields(train_tiny.Config))
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            arguments.append(name if field.name != "compile" and random.random() < 0.7 else "--no-" + name[2:])
+        else:
+            values = random_value(random, field, files, outs)
+            arguments += [f"{name}={values[0]}"] if len(values) == 1 and random.random() < 0.3 else [name, *values]
+    odd = random.random()
+    if odd < 0.04:
+        stray = random.choice(["--colour", "stray", "-h", "--", "--l", "-1", "--met", "--data", "--bench=1"])
+        arguments.insert(random.randrange(len(arguments)), stray)
+    elif odd < 0.06:
+        arguments.pop(random.randrange(len(arguments)))
+    elif odd < 0.12:
+        (folder / "results.json").write_bytes(damaged(random, (finished / "results.json").read_bytes()))
+        arguments = ["--show", str(folder / "results.json")]
+    elif odd < 0.22:
+        shutil.copytree(finished, out)
+        path = random.choice([Path(out) / "config.json", *sorted(Path(out).glob("runs/*.json"))])
+        path.write_bytes(damaged(random, path.read_bytes()))
+        arguments.append("--resume")
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def smallest_run(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smallest")
+    (folder / "text.txt").write_text(Path(text).read_text()[:8000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main(["--data", str(folder / "text.txt"), *SMALLEST, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("numbers", [range(25), pytest.param(range(25, 500), marks=pytest.mark.slow)], ids=str)
+def test_random_command_lines_end_with_a_result_or_one_sentence(numbers, smallest_run, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        rng, folder = random.Random(number), tmp_path / str(number)
+        folder.mkdir()
+        for name, content in {"empty": b"", "latin": b"ab\xe9cd" * 1000, "binary": bytes(range(256)) * 20}.items():
+            (folder / name).write_bytes(content)
+        arguments = random_command(rng, folder, smallest_run)
+        about = f"number {number}: {shlex.join(arguments)}"
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            patch.chdir(folder)
+            if rng.random() < 0.04:
+                patch.setattr(h, "train", interrupted)
+            warnings.simplefilter("ignore")
+            try:
+                code = train_tiny.main(arguments)
+            except SystemExit as stop:  # argparse's
+                code = stop.code
+            except BaseException as error:
+                pytest.fail(f"{about}: {error!r}")
+        said, error = capsys.readouterr()
+        assert code in (0, 1, 2, 130), about
+        assert error.strip().count("\n") == 0 and bool(error) == bool(code) and "Traceback" not in said, (about, error)
+        shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# presets, text, README
 
 
 def test_presets():

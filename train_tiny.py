@@ -183,7 +183,8 @@ def variant(config, name):
     except (KeyError, ValueError):
         raise InputError(f"method {name}: expected settings such as alpha=0.6, of {', '.join(VARIED)}") from None
     scores = values.pop("scores", "")
-    if scores not in ("", "shuffled", "common") or values.get("samples", 2) < 2 or values.get("group_size", 0) < 0:
+    samples, size = values.get("samples", 2), values.get("group_size", 0)
+    if scores not in ("", "shuffled", "common") or not (2 <= samples < 2**31 and size >= 0):
         raise InputError(f"method {name}: expected scores=shuffled or common, samples from 2, group_size from 0")
     row = plots.quantizer(name)
     idle = [key for key in settings if key in row.settings or (key != "group_size" and not row.soft)
@@ -221,6 +222,9 @@ def check(config):
             check_groups(changed, config.hidden, config.intermediate)
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
+    for f in dataclasses.fields(config):
+        if f.type is int and getattr(config, f.name) >= 2**31:  # what torch takes for a size or a seed
+            raise InputError(f"--{f.name.replace('_', '-')} is {getattr(config, f.name)}; expected less than {2**31}")
     for name in ("seeds", "steps", "pretrain_steps", "batch_size", "micro_batches", "block_size", "layers", "hidden",
                  "intermediate", "heads", "calibration", "jobs"):  # fmt: skip
         if getattr(config, name) < 1:
@@ -263,8 +267,8 @@ def check(config):
         check_groups(config, config.hidden, config.intermediate)
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=config.device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
     return config
 
@@ -342,10 +346,12 @@ def load_text(config, tokenizer=None):
         raise InputError(f"{source} has {len(train)} {unit} to train on and {len(val)} held out; expected more than "
                          f"{config.block_size + 1} of each for blocks of {config.block_size}")  # fmt: skip
     facts |= {"unit": unit, f"train_{unit}": len(train), f"val_{unit}": len(val)}
-    if test:
+    if config.test_data:
         facts |= {"test_sha256": hashlib.sha256(test).hexdigest(), "test_source": Path(config.test_data).name}
         test = as_tokens(test)
         facts[f"test_{unit}"] = len(test)
+        if len(test) < 2:
+            raise InputError(f"--test-data {config.test_data} has {len(test)} {unit}; expected at least 2")
     if tokenizer is None:
         train, val = train.to(config.device), val.to(config.device)
     return train, val, test, facts
@@ -423,6 +429,11 @@ def save_json(path, what):
         aside.write_text(json.dumps(what, indent=1) + "\n")
 
 
+def fingerprint(what):
+    """A hash of what JSON can hold; the same after it was written and read."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
+
+
 def save_checkpoint(path, model, quantized=()):
     """The model as a torch file of plain tensors: quantized weights in bfloat16 if that is exact, the rest as it is."""
     tensors = {name: t.detach().cpu() for name, t in model.state_dict().items()}
@@ -441,7 +452,11 @@ def load_checkpoint(path):
 
 def check_out(config):
     folder = Path(config.out)
-    if config.out and not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be used: {error.strerror}") from None
+    if config.out and not config.resume and taken:
         raise InputError(f"--out {folder} already exists and is not an empty folder; name another, or remove it")
 
 
@@ -908,9 +923,8 @@ class Study:
             return None
         try:
             entry = json.loads(path.read_text())
-            losses = ("before", "untrained") if name == "start" else ("tuning",) if " at " in name else ("train", "val")
-            if not isinstance(entry, dict) or not set(losses) <= entry.keys():
-                raise ValueError(f"it lacks {' and '.join(losses)}")
+            if not isinstance(entry, dict) or entry.pop("sha256", None) != fingerprint(entry):
+                raise ValueError("it is not what a run left there")
             return entry
         except (OSError, ValueError) as error:
             raise InputError(f"--resume: {path} cannot be read ({error}); remove it to run that again") from None
@@ -920,7 +934,7 @@ class Study:
         if arrays:
             with whole(self.runs / f"{file_name(name, seed)}.npz") as aside, open(aside, "wb") as file:
                 np.savez_compressed(file, **arrays)
-        save_json(self.runs / f"{file_name(name, seed)}.json", entry)
+        save_json(self.runs / f"{file_name(name, seed)}.json", {**entry, "sha256": fingerprint(entry)})
         for done in (name, *(["pretrain"] if name == "start" else [])):
             (self.runs / f"{file_name(done, seed)}-last.pt").unlink(missing_ok=True)
 
@@ -1384,7 +1398,7 @@ def show(path):
         print_table(config, summarize(config, results["per_seed"]))
         print()
         print_paired(config, results["per_seed"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--show {path}: not the results.json of a finished run ({error})") from None
 
 
@@ -1793,8 +1807,8 @@ def main(arguments=None):
     except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError, ArithmeticError) as error:
-        print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
+    except (RuntimeError, OSError, ArithmeticError, MemoryError) as error:
+        print(f"train_tiny.py: the run failed: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
         print("\ntrain_tiny.py: interrupted; the same command with --out and the folder's name and --resume goes on "
