@@ -2962,6 +2962,7 @@ def test_two_bit_and_binary_runs_save_and_read_back(text, tmp_path):
     assert table["hestia-2bit"]["on_grid"] == table["hestia-binary"]["on_grid"] == [1.0, None]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_every_mode(tmp_path, capsys):
     out = tmp_path / "bench.json"
     arguments = shlex.split("--bench --rounds 1 --steps 1 --micro 1 --accumulate 1 --block-size 16 --no-compile")
@@ -2983,6 +2984,7 @@ def test_the_naive_forward_of_the_bench_is_hestias():
     torch.testing.assert_close(linear(torch.eye(16)), h.effective_weight(linear.weight, 0.3, 0.4, 8).T)
 
 
+@pytest.mark.slow
 def test_torchrun_shares_the_batches_and_changes_nothing_else(text, tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     script = str(Path(train_tiny.__file__).resolve())

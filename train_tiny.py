@@ -1058,6 +1058,7 @@ def prepare(study, seed):
         train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
         save_checkpoint(path, model)
     entry = {"before": {"seconds": time.perf_counter() - clock, **study.losses()}}
+    begin("full precision: " + ", ".join(f"{k} {entry['before'][k]:.4f}" for k in ("train", "val")))
     with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
         entry["untrained"] = study.losses()
     entry["sensitivities"] = {
