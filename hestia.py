@@ -57,6 +57,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -614,7 +615,7 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
 
     def error(log_tau):
         H_minus_w = (gamma * (_code_mean(z, math.exp(log_tau), codebook) - z) for z, gamma in parts)
-        return float(sum(e.square().sum(dtype=torch.float64) for e in H_minus_w))
+        return float(sum(e.double().square().sum() for e in H_minus_w))  # squares beyond 1e19 leave float32
 
     grid = [math.log(0.01) + k * math.log(1000) / 24 for k in range(25)]
     best = min(range(25), key=lambda k: error(grid[k]))
@@ -667,8 +668,15 @@ def _relax_hestia(w, s):
     return effective_weight(w, s.tau, s.p, s.group_size, s.codebook)
 
 
+_relax_full = lambda w, s: w
+SLOPES = {  # dW_eff/dW, where it is a number per weight: pull_back then needs no graph, and nothing of W's size is kept
+    _relax_full: lambda w, s: 1.0,
+    _relax_ste: lambda w, s: 1.0,  # Eq. (4)
+    _relax_hestia: lambda w, s: (1 - s.p) + s.p * soft_quantize_jacobian(w, s.tau, s.group_size, s.codebook),
+}
+
 QUANTIZERS = {
-    "full": Quantizer("full precision", lambda w, s: w, lambda w, s: w),
+    "full": Quantizer("full precision", _relax_full, _relax_full),
     "absmean": Quantizer("AbsMean STE", _relax_ste, _hard_absmean),
     "hestia-no-hessian": Quantizer("HESTIA, alpha = 0", _relax_hestia, _hard_absmean, {"alpha": 0.0}, soft=True),
     "hestia": Quantizer("HESTIA", _relax_hestia, _hard_absmean, soft=True),
@@ -695,7 +703,7 @@ class Hestia:
     for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
     Wrap the model in DDP after this, not before: changed dtypes and Tequila's biases are new parameters.
     tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
-    compile: fuse the passes over the weights with torch.compile, which pays on a GPU.
+    compile: fuse the passes over the weights with torch.compile, which pays on a GPU: one read of W and one write.
     ValueError: unknown method, settings out of range, weights that are not finite, a group size that does not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
@@ -777,8 +785,11 @@ class Hestia:
         self.waiting = False  # for after_step, which a method that needs it must not miss
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
-        self._map = torch.compile(self._relax_all) if compile else self._relax_all
-        self.graph = None  # [W_eff with its graph back to W, for each tensor] between relax and pull_back
+        self.slope = SLOPES.get(self.quantizer.relax)
+        if compile:
+            self._relax_some = torch.compile(self._relax_some, dynamic=False)
+            self._pull_some = torch.compile(self._pull_some, dynamic=False)
+        self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None
             if "bias" in fixed:
@@ -804,43 +815,67 @@ class Hestia:
     def _group_size(self, w):
         return w.shape[-1] if self.group_size == "row" else self.group_size
 
-    def _relax_all(self, latents, own, dtypes, steps):
-        """W_eff of each tensor, then the biases, with graphs. A function of tensors alone, so that it compiles once."""
+    def _chunks(self):
+        """Names of tensors that are mapped together: one by one, or compiled, up to eight of a shape, so that few
+        programs, which are short, serve a deep model."""
+        shapes = {}
+        for name, w in self.latents.items():
+            shapes.setdefault((w.shape, self.weights[name].dtype) if self.compile else name, []).append(name)
+        return [names[k : k + 8] for names in shapes.values() for k in range(0, len(names), 8)]
+
+    def _relax_some(self, latents, own, dtypes, steps):
+        """W_eff of each tensor, then the biases. A function of tensors alone, so that it compiles once."""
         out = [self.quantizer.relax(w, s, **o) for w, o, s in zip(latents, own, steps)]
         weights, biases = [x[0] if self.biases else x for x in out], [x[1] for x in out] if self.biases else []
         return [w.to(dtype) for w, dtype in zip(weights + biases, dtypes + dtypes)]
+
+    def _pull_some(self, latents, grads, steps):
+        """Eq. (19) for a method with a slope: dL/dW, written over dL/dW_eff where both are of one dtype."""
+        return [grad.to(w.dtype).mul_(self.slope(w, s)) for w, grad, s in zip(latents, grads, steps)]
 
     def relax(self, t):
         """Algorithm 1, lines 4-10: show the model W_eff(t). Clears the gradients of the weights it writes."""
         if not 0 <= t < self.total_steps:
             raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}, as total_steps says")
         self._check_after_step()
-        steps, weights, latents = [self.step_of(t, name) for name in self.weights], self.weights.values(), self.latents
-        if self.compile:  # numbers that change from step to step go in as tensors, or each would compile anew
-            values = torch.tensor([[s.p, s.tau] for s in steps]).to(next(iter(weights)).device)  # (tensors, 2)
-            steps = [s._replace(p=v[0], tau=v[1]) for s, v in zip(steps, values)]
-        with torch.enable_grad():
-            dtypes = [weight.dtype for weight in weights]
-            self.graph = self._map(list(latents.values()), list(self.own.values()), dtypes, steps)
-        for shown, effective in zip((*weights, *self.biases.values()), self.graph):
-            shown.data, shown.grad = effective.detach(), None  # it shares the graph's output: no copy
+        steps = {name: self.step_of(t, name) for name in self.weights}
+        if self.compile:  # as tensors, or new numbers would compile anew; 16 bytes apart, as compiled code wants them
+            rows = torch.tensor([[s.p, 0, 0, 0, s.tau, 0, 0, 0] for s in steps.values()])  # (tensors, 8)
+            rows = rows.to(next(iter(self.latents.values())).device, non_blocking=True)
+            steps = {name: s._replace(p=row[0], tau=row[4]) for (name, s), row in zip(steps.items(), rows)}
+        relaxed = []
+        for names in self._chunks():
+            latents, own, shown = [[x[n] for n in names] for x in (self.latents, self.own, self.weights)]
+            now = [steps[n] for n in names]
+            with torch.set_grad_enabled(self.slope is None):
+                effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
+            for x, new in zip((*shown, *(self.biases[n] for n in names if self.biases)), effective):
+                x.data, x.grad = new.detach(), None  # the map's own output: no copy
+            relaxed.append((names, now, None if self.slope else effective))
+        self.relaxed = relaxed
 
     def pull_back(self):
         """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the model's gradients to the latents'. Clears the former."""
-        if self.graph is None:
+        if self.relaxed is None:
             raise RuntimeError("pull_back() needs the effective weights of this step; call relax(t) before the forward")
-        shown = (*self.weights.values(), *self.biases.values())
-        got = [(effective, x) for effective, x in zip(self.graph, shown) if x.grad is not None]
-        trained = [*self.latents.values(), *self._learned()]
-        self.graph = None
-        grads = [None] * len(trained)
-        if got:
-            effective, shown = zip(*got)
-            grads = torch.autograd.grad(effective, trained, [x.grad for x in shown], allow_unused=True)
-        for x, grad in zip(trained, grads):
-            x.grad = grad
-        for _, x in got:
-            x.grad = None
+        relaxed, self.relaxed = self.relaxed, None
+        while relaxed:  # each chunk's gradients and graph are freed before the next one's come
+            names, steps, effective = relaxed.pop(0)
+            shown = [self.weights[n] for n in names] + [self.biases[n] for n in names if self.biases]
+            live = [k for k, x in enumerate(shown) if x.grad is not None]  # not a layer that the loss left out
+            grads = [shown[k].grad for k in live]
+            trained = [self.latents[n] for n in names] + self._learned(names)
+            for x in (*shown, *trained):
+                x.grad = None
+            if self.slope:
+                trained = [trained[k] for k in live]
+                found = self._pull_some([w.detach() for w in trained], grads, [steps[k] for k in live])
+            else:
+                live = [effective[k] for k in live]
+                found = torch.autograd.grad(live, trained, grads, allow_unused=True) if live else []
+            for x, grad in zip(trained, found):
+                x.grad = grad
+            del grads, found
         self.waiting = self.quantizer.after_step is not None
 
     def _check_after_step(self):
@@ -896,7 +931,7 @@ class Hestia:
                 self.weights[name].data = w.to(self.weights[name].dtype, copy=True)
             else:
                 self._replace(name, w.clone())
-        self.graph = None
+        self.relaxed = None
 
     @torch.no_grad()
     def codes(self):
@@ -911,9 +946,9 @@ class Hestia:
         halves = lambda z: (2 * z / z.abs().amax(1, keepdim=True).clamp_min(1e-30)).round().bfloat16()
         return {name: halves(z).view_as(self.latents[name]) for name, z in rows.items()}
 
-    def _learned(self):
-        """What a method trains beside the latents, such as scales."""
-        return [x for own in self.own.values() for x in own.values() if x.requires_grad]
+    def _learned(self, names=None):
+        """What a method trains beside the latents, such as scales; of some tensors, or of all."""
+        return [x for name in names or self.own for x in self.own[name].values() if x.requires_grad]
 
     def parameters(self):
         """What the optimizer trains: the latents, what the method learns beside them, and all that is not quantized."""
@@ -935,7 +970,7 @@ class Hestia:
         """Take up a state_dict() of the same method and model. Call relax(t) afterwards to show it in the model."""
         if state["method"] != self.method or state["latents"].keys() != self.latents.keys():
             raise ValueError(f"the state is of method {state['method']!r} or of another model; this is {self.method!r}")
-        self.tau_init, self.scores, self.graph = state["tau_init"], dict(state["scores"]), None
+        self.tau_init, self.scores, self.relaxed = state["tau_init"], dict(state["scores"]), None
         for name, w in self.latents.items():
             w.copy_(state["latents"][name])
             for k, x in self.own[name].items():
@@ -1223,12 +1258,12 @@ class LlamaConfig:
                     raise ValueError(f"{key} of rope_scaling is {value!r}; expected a positive number")
 
 
-def rope_frequencies(config):
+def rope_frequencies(config, device=None):
     """Radians by which each pair of a head's dimensions turns per position, with llama3 scaling. (head_dim / 2,)
 
     Fast pairs stay, slow ones (a wave longer than the original context) turn `factor` times slower, others in between.
     """
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequency = 1.0 / config.rope_theta**exponents
     if config.rope_scaling:
         r = config.rope_scaling
@@ -1336,7 +1371,7 @@ class Llama(nn.Module):
             raise ValueError(f"{ids.shape[1]} tokens after a filled cache; expected a whole prompt, then one at a time")
         x = self.model.embed_tokens(ids)  # (B, T, C)
         position = torch.arange(past, past + ids.shape[1], dtype=torch.float32, device=ids.device)
-        angle = torch.outer(position, rope_frequencies(self.config).to(ids.device))  # (T, head_dim / 2)
+        angle = torch.outer(position, rope_frequencies(self.config, ids.device))  # (T, head_dim / 2)
         cos, sin = angle.cos(), angle.sin()
         for block, kept in zip(self.model.layers, cache or [None] * len(self.model.layers)):
             if self.checkpointing and torch.is_grad_enabled():
@@ -1349,13 +1384,14 @@ class Llama(nn.Module):
         return self.loss(x.flatten(0, 1), targets.flatten())
 
     def loss(self, x, targets, budget=1 << 24):
-        """Mean cross-entropy of (N, C) states. Never holds more than `budget` logits: recomputes them when it must."""
+        """Mean cross-entropy of (N, C) states. Never holds more than `budget` logits in float32: recomputes them when
+        it must. Compiled autocast need not: it saves them in bf16 and has them in float32 only in registers."""
 
         def nats(x, y):
             return F.cross_entropy(_at_least_float32(self.lm_head(x)), y, reduction="sum")
 
         rows = max(1, budget // self.config.vocab_size)
-        if len(x) <= rows:
+        if len(x) <= rows or (torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type)):
             return nats(x, targets) / len(x)
         parts = zip(x.split(rows), targets.split(rows))
         return sum(checkpoint(nats, x_, y_, use_reentrant=False) for x_, y_ in parts) / len(x)
@@ -1690,7 +1726,8 @@ def batch_at(tokens, step, batch_size, block_size, seed):
         raise ValueError(f"the text has {len(tokens)} tokens; a block of {block_size} and its target need one more")
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     start = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
-    window = tokens[(start + torch.arange(block_size + 1)).to(tokens.device)].long()  # (batch_size, block_size + 1)
+    start = start.to(tokens.device, non_blocking=True)
+    window = tokens[start + torch.arange(block_size + 1, device=tokens.device)].long()  # (batch_size, block_size + 1)
     return window[:, :-1], window[:, 1:]
 
 
@@ -1725,7 +1762,7 @@ def evaluate(model, tokens, block_size, batch_size=32):
 
 def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, weight_decay=0.1,
           clip=1.0, clip_at="effective", seed=0, log_every=50, val=None, eval_every=0, on_step=None,
-          loss_fn=None, name="training"):  # fmt: skip
+          loss_fn=None, name="training", save=None, state=None, shard_optimizer=False):  # fmt: skip
     """Algorithm 1 with everything around it. Returns the log, a list of records (README says how to read one).
 
     model(x, y) -> mean loss, such as a Llama's. tokens: (N,), on the device that should gather batches. qat: a Hestia
@@ -1733,10 +1770,23 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     equal parts. clip: bound on the gradient norm, taken with dL/dW_eff (clip_at="effective") or with dL/dW ("latent").
     loss_fn(model, x, y): another loss than model(x, y), such as `distillation(teacher)`.
     val: tokens on which the hard weights are evaluated every eval_every steps. on_step(t, record or None): called after
-    each step. name: of the run, for Diverged, which is raised before a step whose loss or gradient is not finite.
+    each step. name: of the run, for Diverged: a step whose loss or gradient is not finite changes no weight, and it is
+    raised before the next one (at once on a CPU; a GPU never waits for the host to look).
+
+    save(t, state): called after each step; state() is all that determines the rest of the run, as a dict of tensors and
+    numbers to write before the next step. Such a state goes on from there, to the same bits: state=torch.load(...).
+
+    In several processes (torchrun), wrap the model in DistributedDataParallel after Hestia(...): each takes its share
+    of the batch, in micro_batches parts; RuntimeError if they do not start and end with the same bits. shard_optimizer:
+    each keeps only its share of AdamW's state (ZeroRedundancyOptimizer).
     """
-    if batch_size % micro_batches:
-        raise ValueError(f"a batch of {batch_size} sequences does not split into {micro_batches} equal micro-batches")
+    several = dist.is_available() and dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    if batch_size % (micro_batches * world):
+        parts = micro_batches * world
+        raise ValueError(f"a batch of {batch_size} sequences does not split into {parts} equal micro-batches")
+    if world > 1 and not hasattr(model, "no_sync"):
+        raise ValueError("several processes train one model only if it is wrapped in DistributedDataParallel; wrap it")
     if clip_at not in ("effective", "latent"):
         raise ValueError(f"clip_at is {clip_at!r}; expected 'effective' or 'latent'")
     if qat and qat.total_steps != steps:
@@ -1744,12 +1794,48 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     device = next(model.parameters()).device
     trained = qat.parameters() if qat else list(model.parameters())
     groups = qat.param_groups(weight_decay) if qat else param_groups(trained, weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    settings = {"lr": lr, "betas": (0.9, 0.95), "fused": True}
+    if shard_optimizer and several:
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        optimizer = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, **settings)
+    _check_alike(trained, qat, world, name)
+    pinned = lambda x: x.pin_memory() if device.type == "cuda" != x.device.type else x  # sent without a wait
     norm = lambda parameters: torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    codes, log = qat.codes() if qat else {}, []
+    codes, log, rest = qat.codes() if qat else {}, [], qat.rest if qat else trained
+    late = None  # the step before, whose loss and gradient norm are on their way to the host
+
+    def check(t, loss, norm):
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise Diverged(f"{name}: loss {loss}, gradient norm {norm} at step {t} of {steps}; lower the learning rate "
+                           "or look at the data")  # fmt: skip
+
     began = last = warm = time.perf_counter()
-    last_t = -1
-    for t in range(steps):
+    peak, first = torch.zeros((), device=device), 0  # the largest gradient norm since the last record; the first step
+    if state:
+        first, log, peak = state["step"], list(state["log"]), state["peak"].to(device)
+        codes = {k: code.to(device) for k, code in state["codes"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        with torch.no_grad():
+            for p, kept in zip(rest, state["rest"]):
+                p.copy_(kept)
+        if qat:
+            qat.load_state_dict(state["qat"])
+        _random_state(device, state["random"])
+        began -= state["seconds"]
+    last_t = log[-1]["step"] if log else -1
+
+    def everything():
+        if hasattr(optimizer, "consolidate_state_dict"):
+            optimizer.consolidate_state_dict()  # all shares to the first process, which writes them
+        kept = optimizer.state_dict() if rank == 0 else None
+        return {"step": t + 1, "log": log, "codes": codes, "peak": peak, "optimizer": kept,
+                "rest": [p.detach() for p in rest], "qat": qat.state_dict() if qat else None,
+                "random": _random_state(device), "seconds": time.perf_counter() - began}  # fmt: skip
+
+    for t in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(t, steps, lr)
             if qat and qat.quantizer.settings.get("spectra"):  # Spectra's recipe: a lower peak, then no decay
@@ -1757,27 +1843,45 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
                 group["weight_decay"] *= 0.0 if 3 * t >= 2 * steps else 1.0
         if qat:
             qat.relax(t)
-        x, y = (part.to(device) for part in batch_at(tokens, t, batch_size, block_size, seed))
+        x, y = (pinned(part.chunk(world)[rank]).to(device, non_blocking=True)
+                for part in batch_at(tokens, t, batch_size, block_size, seed))  # fmt: skip
         loss = 0.0
-        for x_, y_ in zip(x.chunk(micro_batches), y.chunk(micro_batches)):
-            with _precision(device):
-                part = (loss_fn(model, x_, y_) if loss_fn else model(x_, y_)) / micro_batches  # Eq. (11), one sample
-            part.backward()
+        for k, (x_, y_) in enumerate(zip(x.chunk(micro_batches), y.chunk(micro_batches))):
+            averaging = world == 1 or k == micro_batches - 1  # the gradients of all processes, once per step
+            with contextlib.nullcontext() if averaging else model.no_sync():
+                with _precision(device):
+                    part = (loss_fn(model, x_, y_) if loss_fn else model(x_, y_)) / micro_batches  # Eq. (11), a sample
+                part.backward()
             loss = loss + part.detach()
+        if world > 1:
+            dist.all_reduce(loss.div_(world))
 
         effective_norm = norm(model.parameters())  # with dL/dW_eff for the quantized weights
         if qat:
             qat.pull_back()
         clipped_norm = effective_norm if clip_at == "effective" else norm(trained)
-        if not (math.isfinite(loss) and math.isfinite(clipped_norm)):
-            raise Diverged(f"{name}: loss {float(loss)}, gradient norm {float(clipped_norm)} at step {t} of {steps}; "
-                           "lower the learning rate or look at the data")  # fmt: skip
-        record = None
+        if late:
+            late[2].synchronize()  # no wait: the GPU has this step queued behind that one
+            check(late[0], *late[1].tolist())
+        record = late = None
+        peak = torch.maximum(peak, effective_norm)
         evaluating = val is not None and eval_every and ((t + 1) % eval_every == 0 or t == steps - 1)
-        if evaluating or t % log_every == 0 or t == steps - 1:
+        recording = evaluating or t % log_every == 0 or t == steps - 1
+        if recording or device.type != "cuda" or (qat and qat.quantizer.after_step):
+            check(t, float(loss), float(clipped_norm))
+        else:
+            late = t, torch.stack([loss, clipped_norm]).to("cpu", non_blocking=True), torch.cuda.Event()
+            late[2].record()
+        if recording:
             record = {"step": t, "loss": float(loss), "lr": optimizer.param_groups[0]["lr"],
-                      "grad_norm": float(effective_norm), "grad_norm_latent": float(norm(trained))}  # fmt: skip
-        torch.nn.utils.clip_grads_with_norm_(trained, clip, clipped_norm)  # pull_back is linear: as well after it
+                      "grad_norm": float(effective_norm), "grad_norm_max": float(peak),
+                      "grad_norm_latent": float(norm(trained))}  # fmt: skip
+            peak = torch.zeros_like(peak)
+        # clip (pull_back is linear: as well after it) and guard within AdamW's own pass over the gradients: it divides
+        # them by grad_scale, and does nothing where found_inf is 1
+        fused = getattr(optimizer, "optim", optimizer)  # inside of ZeroRedundancyOptimizer
+        fused.grad_scale = ((clipped_norm + 1e-6) / clip).clamp(min=1.0).float()
+        fused.found_inf = 1.0 - torch.isfinite(loss + clipped_norm).float()
         optimizer.step()
         optimizer.zero_grad()
         if qat:
@@ -1792,10 +1896,10 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
                     taus = [qat.step_of(t, k).tau for k in now]
                     record |= {"p": qat.step_of(t, next(iter(now))).p, "tau_min": min(taus), "tau_max": max(taus)}
             clock = time.perf_counter()
-            warm = clock if t == 0 else warm  # the first step may have compiled for a minute: no measure of the others
+            warm = clock if t == first else warm  # that step may have compiled for a minute: no measure of the others
             record["tokens_per_s"] = (t - last_t) * batch_size * block_size / (clock - last)
             record["seconds"] = clock - began
-            record["seconds_left"] = (clock - (warm if t else began)) / max(t, 1) * (steps - t - 1)
+            record["seconds_left"] = (clock - (warm if t > first else began)) / max(t - first, 1) * (steps - t - 1)
             if evaluating:
                 with qat.hard() if qat else contextlib.nullcontext():
                     record["val_loss_hard"] = evaluate(model, val, block_size)
@@ -1803,7 +1907,30 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             log.append(record)
         if on_step:
             on_step(t, record)
+        if save:
+            save(t, everything)
+    _check_alike(trained, qat, world, name)
     return log
+
+
+def _random_state(device, state=None):
+    """The states of torch's generators, on the CPU and on the GPU in use; or put them back."""
+    if state:
+        torch.set_rng_state(state[0])
+        if len(state) > 1 and device.type == "cuda":
+            torch.cuda.set_rng_state(state[1], device)
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _check_alike(tensors, qat, world, name):
+    """RuntimeError unless all processes hold the same bits, scores and temperature."""
+    if world > 1:
+        sums = [int(x.detach().flatten().view(torch.int16).sum(dtype=torch.int64)) for x in tensors]
+        everywhere, mine = [None] * world, (sums, qat and (qat.scores, qat.tau_init))
+        dist.all_gather_object(everywhere, mine)
+        if any(other != mine for other in everywhere):
+            raise RuntimeError(f"{name}: the processes hold different weights or scores; give all the same seed and "
+                               "files")  # fmt: skip
 
 
 @torch.no_grad()

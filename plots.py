@@ -617,8 +617,9 @@ def histograms(run, tensor=-1, axes=None):
     for ax, (method, (_, hist)) in zip(axes, found.items()):
         draw_histogram(ax, hist[-1], hist[0], bins)
         before, after = hist[0, near].sum(), hist[-1, near].sum()
-        title = f"{quantizer(method).label} {'empties' if after < before else 'fills'} the boundaries: "
-        title += f"within 0.1 γ of one lie {percent(before)} of the weights before, {percent(after)} after"
+        change = "empties" if after < 0.85 * before else "fills" if after > before / 0.85 else "keeps its weights at"
+        title = f"{quantizer(method).label} {change} the boundaries: within 0.1 γ of one lie {percent(before)} of the "
+        title += f"weights before, {percent(after)} after"
         finish(ax, title, f"latent weight w / γ of {short(name)}", legend="upper right")
     axes[0].set_ylabel(f"weights per bin of {bins[1] - bins[0]:.2g} γ, %")
     return axes[0].figure

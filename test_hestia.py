@@ -4,16 +4,25 @@ in float64, dense matrices, Algorithm 1 written out naively, transformers' Llama
     python -m pytest                    # all of it, and the worked examples in the docstrings; 1 to 2 minutes
     python -m pytest -k lemma           # one topic
 
-Tests that need transformers are skipped without it (pip install ".[test]" brings it).
+Tests that need transformers or hypothesis are skipped without it (pip install ".[test]" brings them).
 """
 
+import contextlib
 import copy
 import dataclasses
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import random
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
@@ -104,6 +113,12 @@ def test_integers_and_unsorted_codebooks_are_refused():
 def test_a_scale_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"scale has shape \(2, 1\); expected one row per group, \(3, 1\)"):
         h.soft_quantize(randn(3, 4), 0.3, group_size=4, scale=torch.ones(2, 1))
+
+
+def test_a_given_scale_is_held_constant():
+    w, scale = torch.ones(3, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+    for f in (h.quantize, lambda w, **k: h.soft_quantize(w, 0.3, **k), lambda w, **k: h.assignment_probs(w, 0.3, **k)):
+        assert torch.autograd.grad(f(w, scale=scale).sum(), scale, allow_unused=True) == (None,)
 
 
 @pytest.mark.parametrize("codebook", CODEBOOKS)
@@ -397,6 +412,8 @@ def test_empty_tensors_and_scalars():
         assert h.assignment_probs(w, 0.3).shape == (*shape, 3)
     assert h.soft_quantize(torch.zeros(0, 8), 0.3, group_size=4).shape == (0, 8)
     assert h.quantize(torch.tensor(-2.0)).item() == pytest.approx(-2.0)
+    with pytest.raises(ValueError, match="group size 2 does not divide the input dimension 1; 1 would"):
+        h.quantize(torch.tensor(-2.0), group_size=2)
 
 
 @pytest.mark.parametrize("tau", [-0.1, -math.inf, math.nan])
@@ -444,9 +461,217 @@ def test_tau_init_minimises_the_squared_error():
         error = lambda tau, c=codebook: sum((h.soft_quantize(w, tau, 8, c) - w).square().sum() for w in weights).item()
         assert error(best) <= min(error(tau) for tau in np.geomspace(0.011, 9, 200)) * (1 + 1e-6)
     assert h.optimal_tau_init({"a": weights[0]}, 8) == h.optimal_tau_init(weights[0], 8)
-    for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan])]):
+    few, many = 3 * randn(2, 8) ** 3, randn(64, 64, seed=1)  # every weight counts alike, not every tensor
+    assert h.optimal_tau_init([few, many], 8) == pytest.approx(h.optimal_tau_init(torch.cat([few.view(-1, 8),
+                                                                                       many.view(-1, 8)]), 8))
+    assert h.optimal_tau_init(f64([1e9, -1e9, 1e9])) < 0.02  # all on the grid already: as cold as the search goes
+    assert 0 < h.optimal_tau_init([torch.zeros(4), torch.tensor([0.0, 1.0, 0.4])]) < 1  # some zeros are no harm
+    for bad in ([], [torch.zeros(4)], [torch.tensor([1.0, math.nan]), torch.ones(2)]):
         with pytest.raises(ValueError, match="finite weights that are not all zero"):
             h.optimal_tau_init(bad)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3.1 to 3.3 once more: properties that hold for whatever weights, groups, codebooks and temperatures
+
+try:
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+
+    def for_all(test):
+        """Run test(data) on examples that it draws itself, the same ones every time; a failing one is made small."""
+        return settings(derandomize=True, deadline=None, database=None, max_examples=100)(given(data=st.data())(test))
+
+except ImportError:
+    for_all = pytest.mark.skip(reason='needs hypothesis; pip install ".[test]" brings it')
+
+
+def some_weights(data, dtype=torch.float64):
+    """w (rows, width) at any of 60 orders of magnitude, with zeros and likely ties, and a group size that fits."""
+    rows, groups, g = (data.draw(st.integers(1, n)) for n in (3, 3, 6))
+    number = st.sampled_from([0.0, 0.5, -0.5, 1.0, -1.0, 1.5, -1.5]) | st.floats(-4, 4, width=32)
+    numbers = data.draw(st.lists(number, min_size=rows * groups * g, max_size=rows * groups * g))
+    decade = data.draw(st.integers(-4, 4) if dtype == torch.float16 else st.integers(-30, 30))
+    w = (f64(numbers) * 10.0**decade).to(dtype).view(rows, groups * g)
+    return w, data.draw(st.sampled_from([None, g]))
+
+
+def some_tau(data, least=0.0):
+    extreme = [tau for tau in (0.0, 1e-45, 1e-20, 1e20, math.inf) if tau >= least]
+    return data.draw(st.sampled_from(extreme) | st.floats(-6, 2).map(lambda x: 10.0**x))
+
+
+def one_of(data, *values):
+    return data.draw(st.sampled_from(values))
+
+
+def rows_of(w, group_size):
+    """The groups of w as rows."""
+    return w.reshape(-1, group_size or w.numel())
+
+
+@for_all
+def test_gamma_is_the_mean_of_absolute_values(data):
+    w, g = some_weights(data, one_of(data, torch.float64, torch.float32, torch.bfloat16))
+    gamma = h.absmean_scale(w, g)
+    by_hand = [[math.fsum(map(abs, row)) / len(row) + 1e-8] for row in rows_of(w.double(), g).tolist()]
+    assert gamma.dtype == (torch.float64 if w.dtype == torch.float64 else torch.float32)
+    rtol = 1e-14 if gamma.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(gamma.double(), f64(by_hand), rtol=rtol, atol=0)
+
+
+@for_all
+def test_shapes_dtypes_and_bounds(data):
+    dtype = one_of(data, torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    (w, g), codebook, tau = some_weights(data, dtype), one_of(data, *CODEBOOKS), some_tau(data)
+    leaf = w.clone().requires_grad_()
+    H, Q, J = (f(leaf, *a, g, codebook) for f, a in
+               ((h.soft_quantize, (tau,)), (h.quantize, ()), (h.soft_quantize_jacobian, (tau,))))  # fmt: skip
+    pi = h.assignment_probs(leaf, tau, g, codebook)
+    (gradient,) = torch.autograd.grad(H, leaf, torch.ones_like(H))
+    for x in (H, Q, J, gradient):
+        assert x.shape == w.shape and x.dtype == dtype and torch.isfinite(x).all()
+    assert pi.shape == (*w.shape, len(codebook)) and pi.dtype == dtype and ((pi >= 0) & (pi <= 1)).all()
+    assert ((pi.double().sum(-1) - 1).abs() <= 3 * torch.finfo(dtype).eps).all()
+    most = (max(codebook) * h.absmean_scale(w, g)).to(dtype)  # the outer code, in the dtype of the results
+    for x in (H, Q):
+        assert (rows_of(x, g).abs() <= most).all()
+    assert (J >= 0).all() and torch.equal(gradient, J)  # Eq. (19)
+
+
+@for_all
+def test_Q_is_the_nearest_code_and_H_at_tau_0(data):
+    (w, g), codebook = some_weights(data), one_of(data, *CODEBOOKS)
+    gamma = h.absmean_scale(w, g)
+    Q = h.quantize(w, g, codebook)
+    distance = (rows_of(w, g)[..., None] - gamma[..., None] * f64(codebook)).abs()  # (n_groups, g, K)
+    assert (rows_of(w - Q, g).abs() <= distance.amin(-1) + 1e-15 * (gamma + rows_of(w, g).abs())).all()
+    assert torch.equal(h.quantize(Q, g, codebook, scale=gamma), Q)
+    for tau in (0.0, 0, torch.tensor(0.0)):
+        assert torch.equal(h.soft_quantize(w, tau, g, codebook), Q)
+        assert torch.equal(h.soft_quantize_jacobian(w, tau, g, codebook), torch.zeros_like(w))
+    nearest = h.assignment_probs(w, 0.0, g, codebook)  # (rows, width, K), one 1 in each
+    assert torch.equal(gamma * rows_of((nearest * f64(codebook)).sum(-1), g), rows_of(Q, g))
+
+
+@for_all
+def test_H_and_Q_rise_with_w(data):
+    codebook, tau = one_of(data, *CODEBOOKS), some_tau(data)
+    gamma = 10.0 ** data.draw(st.integers(-30, 30)) * ONE
+    z = f64(sorted(data.draw(st.lists(st.floats(-3, 3), min_size=2, max_size=20))))
+    z = torch.cat([z, z.nextafter(f64(9))]).sort().values  # and neighbours, as close as numbers can be
+    H = h.soft_quantize(gamma[0] * z, tau, codebook=codebook, scale=gamma) / gamma[0]
+    assert (H.diff() >= -1e-14).all()  # up to rounding
+    Q = h.quantize(gamma[0] * z, codebook=codebook, scale=gamma) / gamma[0]
+    assert (Q.diff() >= 0).all()
+
+
+@for_all
+def test_H_and_Q_are_odd(data):
+    (w, g), codebook, tau = some_weights(data), one_of(data, *CODEBOOKS), some_tau(data, least=1e-45)
+    gamma = h.absmean_scale(w, g)
+    assert torch.equal(h.soft_quantize_jacobian(-w, tau, g), h.soft_quantize_jacobian(w, tau, g))
+    for f in (lambda w: h.soft_quantize(w, tau, g), lambda w: h.quantize(w, g)):
+        assert torch.equal(f(-w), -f(w))  # ternary: to the last bit, ties included
+    z = rows_of(w, g) / gamma
+    tie = torch.stack([(z - (a + b) / 2).abs() for a, b in zip(codebook, codebook[1:])]).amin(0) < 1e-9
+    for f in (lambda w: h.soft_quantize(w, tau, g, codebook), lambda w: h.quantize(w, g, codebook)):
+        odd = rows_of(f(-w) + f(w), g).abs() <= 1e-9 * gamma
+        assert (odd | tie).all()
+
+
+@for_all
+def test_groups_know_nothing_of_each_other(data):
+    dtype = one_of(data, torch.float64, torch.float32)
+    (w, _), codebook, tau = some_weights(data, dtype), one_of(data, *CODEBOOKS), some_tau(data)
+    g = w.shape[1]
+    order = data.draw(st.permutations(range(len(w))))
+    for f in (lambda w: h.quantize(w, g, codebook), lambda w: h.soft_quantize(w, tau, g, codebook),
+              lambda w: h.soft_quantize_jacobian(w, tau, g, codebook),
+              lambda w: h.assignment_probs(w, tau, g, codebook),
+              lambda w: h.effective_weight(w, tau, 0.25, g, codebook),
+              lambda w: h.dead_zone(w, w.abs() / 2, g, codebook)):  # fmt: skip
+        assert torch.equal(f(w[order]), f(w)[order])  # rows permuted
+        assert torch.equal(f(w[:1]), f(w)[:1])  # the others left out
+        assert torch.equal(f(w.view(-1)), f(w).view(-1, *f(w).shape[2:]))  # in another shape
+
+
+@for_all
+def test_H_scales_with_w(data):
+    (w, g), codebook, tau = some_weights(data), one_of(data, *CODEBOOKS), some_tau(data)
+    c = 2.0 ** data.draw(st.integers(-60, 60))  # exact in floating point
+    gamma = h.absmean_scale(w, g)
+    for f in (h.soft_quantize, lambda w, tau, *a, **k: h.effective_weight(w, tau, 0.75, *a, **k)):
+        assert torch.equal(f(c * w, tau, g, codebook, scale=c * gamma), c * f(w, tau, g, codebook, scale=gamma))
+    for f in (h.soft_quantize_jacobian, h.assignment_probs):
+        assert torch.equal(f(c * w, tau, g, codebook, scale=c * gamma), f(w, tau, g, codebook, scale=gamma))
+    assert torch.equal(h.absmean_scale(c * w, g, eps=c * 1e-8), c * gamma)
+
+
+@for_all
+def test_dead_zone_is_where_Q_stays(data):
+    (w, g), codebook = some_weights(data), one_of(data, *CODEBOOKS)
+    share = f64(data.draw(st.lists(st.floats(-2, 2), min_size=w.numel(), max_size=w.numel()))).view_as(w)
+    gamma = h.absmean_scale(w, g)
+    dw = (rows_of(share, g) * gamma).view_as(w)
+    same = h.quantize(w + dw, g, codebook, scale=gamma) == h.quantize(w, g, codebook, scale=gamma)
+    assert torch.equal(h.dead_zone(w, dw, g, codebook), same)
+    assert h.dead_zone(w, torch.zeros_like(w), g, codebook).all()
+    assert torch.equal(h.quantize_ste(w, g, codebook), h.quantize(w, g, codebook))
+
+
+@for_all
+def test_effective_weight_lies_between_W_and_H(data):
+    (w, g), codebook, tau = some_weights(data), one_of(data, *CODEBOOKS), some_tau(data)
+    H = h.soft_quantize(w, tau, g, codebook)
+    p = data.draw(st.floats(0, 1))
+    mixed = h.effective_weight(w, tau, p, g, codebook)
+    slack = 1e-15 * (w.abs() + H.abs())
+    assert (mixed >= torch.minimum(w, H) - slack).all() and (mixed <= torch.maximum(w, H) + slack).all()
+    assert torch.equal(h.effective_weight(w, tau, 0.0, g, codebook), w)
+    assert torch.equal(h.effective_weight(w, tau, 1.0, g, codebook), H)
+    assert torch.equal(h.effective_weight(w, tau, f64(p), g, codebook), h.effective_weight(w, tau, p, g, codebook))
+
+
+@for_all
+def test_pressure_and_temperature_are_monotone(data):
+    T, rho = data.draw(st.integers(1, 10**7)), data.draw(st.floats(0, 1))
+    tau_init, alpha = data.draw(st.floats(1e-6, 1e6)), data.draw(st.floats(-50, 50))
+    some = sorted({0, T - 1, T, *data.draw(st.lists(st.integers(0, T), max_size=20))})
+    p = [h.pressure(t, T, rho) for t in some]
+    tau = [h.base_temperature(t, T, rho, tau_init) for t in some]
+    assert p == sorted(p) and tau == sorted(tau, reverse=True)
+    assert all(0 <= x <= 1 for x in p) and all(0 <= x <= tau_init for x in tau)
+    assert p[-1] == 1.0 and tau[-1] == 0.0 and tau[-2] > 0 and tau[0] == tau_init
+    for t, p_t, tau_t in zip(some, p, tau):
+        assert (p_t == 1.0) == (t >= rho * T)
+        assert t > rho * T or t == T or tau_t == tau_init  # no cooling while compressing
+        low, high = sorted(data.draw(st.tuples(st.floats(0, 1), st.floats(0, 1))))
+        cool, warm = (h.temperature(t, T, rho, tau_init, s, alpha) for s in (low, high))
+        assert cool <= warm if alpha >= 0 else cool >= warm
+        assert h.temperature(t, T, rho, tau_init, 0.0, alpha) == tau_t
+
+
+@for_all
+def test_scores_keep_the_order_of_the_traces(data):
+    traces = dict(enumerate(data.draw(st.lists(st.floats(-30, 30).map(lambda x: 10.0**x), min_size=1, max_size=8))))
+    kappa, c = data.draw(st.floats(0, 10)), 10.0 ** data.draw(st.integers(-30, 30))
+    scores = h.sensitivity_scores(traces, kappa)
+    assert list(scores) == list(traces) and all(0 <= s <= 1 for s in scores.values())
+    order = sorted(traces, key=traces.get)
+    assert [scores[k] for k in order] == sorted(scores.values())
+    other = h.sensitivity_scores({k: c * x for k, x in reversed(traces.items())}, kappa)  # unit and order do not matter
+    assert other == pytest.approx(scores, abs=1e-5)
+    if len(traces) > 1:
+        assert min(scores.values()) <= 0.5 <= max(scores.values())
+
+
+def test_tau_init_does_not_depend_on_the_unit_of_the_weights():
+    w = randn(64, 64)
+    tau = h.optimal_tau_init(w, 8)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        for decade in (-5, 0, 10, 20, 30):  # below them epsilon is no longer small beside mean|w|
+            assert h.optimal_tau_init((w * 10.0**decade).to(dtype), 8) == pytest.approx(tau, rel=5e-3)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -477,6 +702,35 @@ def test_hutchpp_counts_its_products_and_repeats():
     assert a == h.hutchpp(f, 60, 10, 20, torch.Generator().manual_seed(3), torch.float64)
     with pytest.raises(ValueError, match="samples >= 1"):
         h.hutchpp(f, 60, samples=0)
+    with pytest.raises(ValueError, match="rank >= 0"):
+        h.hutchpp(f, 60, rank=-1)
+    counted.clear()
+    assert h.hutchpp(f, 60, rank=0, samples=1, dtype=torch.float64) != 0 and sum(counted) == 1  # Hutchinson's
+    counted.clear()
+    h.hutchpp(f, 60, dtype=torch.float64)
+    assert sum(counted) == 40  # Table 5: 10 + 10 + 20
+
+
+def test_estimates_say_how_sure_they_are():
+    one, several = h._estimate(3.0, f64([3.0]), 7), h._estimate(2.0, f64([1.0, 3.0, 1.0, 3.0]), 4)
+    assert one == (3.0, math.inf, True, 7)  # one reading has no spread
+    assert several.stderr == pytest.approx((4 / 3 / 4) ** 0.5) and not several.flagged and several.products == 4
+    flagged = [h._estimate(x, f64([-1.0, 1.0]), 2).flagged for x in (-2.1, -2.0, 0.0, 2.0, 2.1)]
+    assert flagged == [False, True, True, True, False]
+    w, unused = torch.ones(3, requires_grad=True), torch.ones(2, requires_grad=True)
+    loss, params = lambda b: w.square().sum(), {"w": w, "unused": unused}
+    for estimator in ("hutchpp", "joint"):
+        told = []
+        found = h.hessian_traces(loss, params, [0], estimator, 0, 1, progress=lambda *now, told=told: told.append(now))
+        assert found == {"w": (6.0, math.inf, True, 1), "unused": (0.0, math.inf, True, 1)}
+        assert told == ([(1, 2), (2, 2)] if estimator == "hutchpp" else [(1, 1)])
+        assert {e.products for e in h.hessian_traces(loss, params, [0], estimator).values()} == (
+            {2 * 3 + 20, 2 * 2 + 20} if estimator == "hutchpp" else {40})  # fmt: skip
+    told = []
+    found = h.fisher_traces(lambda b: torch.stack([w, -w]), params, [0, 1], progress=lambda *now: told.append(now))
+    assert found["w"].value > 0 == found["unused"].value and found["w"].products == 20
+    assert told == [(k, 40) for k in range(1, 41)]
+    assert h.fisher_traces(lambda b: w.view(1, 3), params, [0], 1)["w"].stderr == math.inf
 
 
 def bias_in_standard_errors(estimate, truth, seeds=3000):
@@ -789,7 +1043,9 @@ def test_scores_by_hand():
     scores = h.sensitivity_scores({"a": 1.0, "b": 100.0})  # logs -+ln 10 around their mean: standardised to -+1
     assert scores["a"] == pytest.approx(1 / (1 + math.e)) and scores["b"] == pytest.approx(1 / (1 + math.exp(-1)))
     assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=2.0)["b"] == pytest.approx(1 / (1 + math.exp(-2)))
-    assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # plain numbers are trusted
+        assert h.sensitivity_scores({"a": 3.0}) == {"a": 0.5}
     assert h.sensitivity_scores({"a": 1.0, "b": 100.0}, kappa=1e4) == {"a": 0.0, "b": 1.0}
     assert h.sensitivity_scores({"a": 0.1, "b": 0.1, "c": 0.1}) == pytest.approx(dict.fromkeys("abc", 0.5), abs=1e-6)
 
@@ -1042,7 +1298,99 @@ def test_state_dict_round_trip():
         h.Hestia(tiny_llama(), 10, group_size=8, method="absmean").load_state_dict(qat.state_dict())
 
 
-@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="needs a C++ compiler")
+
+
+@pytest.mark.parametrize("codebook", CODEBOOKS)
+@pytest.mark.parametrize("group_size", [None, 8, "row"])
+def test_slopes_are_what_autograd_finds_in_the_printed_formulas(codebook, group_size):
+    w, G = randn(6, 16, seed=1), randn(6, 16, seed=2)
+    g = w.shape[-1] if group_size == "row" else group_size
+    gamma, q = h.absmean_scale(w, g), f64(codebook)
+    for p, tau in ((0.0, 0.3), (0.4, 0.3), (0.4, 0.02), (1.0, 0.3), (1.0, 1e-3)):
+        x = w.clone().requires_grad_()
+        z = (h._groups(x, g) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+        H = gamma * (torch.softmax(-((z - q) ** 2) / tau, -1) * q).sum(-1)
+        W_eff = (1 - p) * x + p * H.view_as(x)
+        expected = torch.autograd.grad(W_eff, x, G)[0]
+        for numbers in ((p, tau), (f64(p), f64(tau))):
+            s = h.Step(*numbers, g, codebook)
+            torch.testing.assert_close(h._relax_hestia(w, s), W_eff.detach(), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(h.SLOPES[h._relax_hestia](w, s) * G, expected, rtol=1e-7, atol=1e-10)
+            narrow = h.SLOPES[h._relax_hestia](w.float(), s) * G.float()
+            torch.testing.assert_close(narrow.double(), expected, rtol=1e-3, atol=1e-3)
+    for tau in (0.0, f64(0.0)):  # hard: dH/dw is 0, and the slope what is left of the identity
+        s = h.Step(0.4, tau, g, codebook)
+        assert torch.equal(h._relax_hestia(w, s), 0.6 * w + 0.4 * h.quantize(w, g, codebook))
+        assert (h.SLOPES[h._relax_hestia](w, s) == 0.6).all()
+
+
+@pytest.mark.parametrize("method", ["full", "absmean", "hestia", "hestia-2bit"])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_the_closed_form_passes_equal_those_through_a_graph(method, dtype, monkeypatch):
+    found = []
+    for slopes in (h.SLOPES, {}):  # without its slope a method goes through autograd
+        monkeypatch.setattr(h, "SLOPES", slopes)
+        model = tiny_llama().float()
+        qat = h.Hestia(model, 10, method=method, group_size=8, dtype=dtype)
+        for t in (1, 7):
+            qat.relax(t)
+            assert all(effective is None for _, _, effective in qat.relaxed) == bool(slopes)
+            for k, w in enumerate(list(qat.weights.values())[1:]):  # one that the loss does not reach
+                w.grad = randn(*w.shape, seed=k).to(w.dtype)
+            qat.pull_back()
+            found.append([(w.detach().clone(), qat.latents[name].grad) for name, w in qat.weights.items()])
+            assert qat.latents[next(iter(qat.weights))].grad is None
+            assert all(w.grad is None for w in qat.weights.values())
+    for closed, graph in zip(found[:2], found[2:]):
+        torch.testing.assert_close(closed, graph)
+
+
+def test_compiled_passes_equal_the_readable_ones_and_nothing_compiles_after_the_first_step(monkeypatch):
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    plain_compile = torch.compile  # graphs are captured as for the default back end, and run without a C++ compiler
+    monkeypatch.setattr(torch, "compile", lambda f, **kind: plain_compile(f, backend="aot_eager", **kind))
+    config = h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=2)  # fmt: skip
+    torch.manual_seed(0)
+    model = h.Llama(config)
+    twin, tokens, seen, steps = copy.deepcopy(model), torch.randint(0, 64, (2000,)), [], 8
+    scores = {name: k / 14 for k, name in enumerate(h.Hestia(model, 1, group_size=16).weights)}
+
+    def on_step(t, record):  # p, tau and the learning rate are others at every step
+        seen.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+
+    logs = []
+    for module, compile in ((model, True), (twin, False)):
+        qat = h.Hestia(module, steps, group_size=16, scores=scores, tau_init=0.3, compile=compile)
+        fast = torch.compile(module) if compile else module
+        logs.append(h.train(fast, tokens, steps=steps, batch_size=4, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                            micro_batches=2, on_step=on_step if compile else None))  # fmt: skip
+    # the model, relax and pull_back for eight tensors of a shape, and for the six that remain: no graph after step 0
+    assert seen[0] == (5, 0) and set(seen) == {seen[0]}
+    for key in ("loss", "grad_norm", "grad_norm_latent", "tau_max"):
+        assert [r[key] for r in logs[0]] == pytest.approx([r[key] for r in logs[1]], rel=1e-3)
+
+
+@needs_compiler
+def test_compiled_slopes():
+    w, G = randn(6, 16, seed=1, dtype=torch.float32), randn(6, 16, seed=2, dtype=torch.float32)
+
+    def both(p, tau):
+        steps = [h.Step(p, tau, g, codebook) for g, codebook in ((None, h.TERNARY), (8, h.TERNARY), (8, h.TWO_BIT))]
+        return [x for s in steps for x in (h._relax_hestia(w, s), G * h.SLOPES[h._relax_hestia](w, s))]
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=False)
+    for p, tau in ((0.0, 0.3), (0.4, 0.02), (1.0, 0.3), (1.0, 0.0)):
+        with torch.no_grad():
+            found = compiled(torch.tensor(p), torch.tensor(tau))
+            torch.testing.assert_close(found, both(p, tau), rtol=1e-3, atol=1e-5)
+
+
+@needs_compiler
 def test_a_compiled_model_sees_the_effective_weights_and_a_changed_dtype():
     model = h.Llama(h.LlamaConfig(vocab_size=17, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
                                   num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
@@ -1429,6 +1777,96 @@ def test_a_loss_that_is_not_finite_stops_before_the_step():
         h.train(model, tokens, steps=10, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison,
                 name="absmean run")  # fmt: skip
     assert all(torch.equal(w, good[name]) for name, w in qat.latents.items())
+
+
+def test_a_step_that_is_not_finite_changes_nothing_even_if_nobody_looks(monkeypatch):
+    monkeypatch.setattr(h.math, "isfinite", lambda x: True)  # as on a GPU, where the host looks one step later
+    model = tiny_llama().float()
+    tokens = torch.randint(0, 17, (200,))
+    qat, kept = h.Hestia(model, 6, method="absmean", group_size=4), {}
+
+    def poison(t, record):
+        kept[t] = {name: w.detach().clone() for name, w in qat.latents.items()}
+        model.model.norm.weight.data.fill_(math.inf if t in (1, 2) else 1.0)
+
+    log = h.train(model, tokens, steps=6, batch_size=2, block_size=8, lr=1e-3, qat=qat, on_step=poison, log_every=1)
+    assert [t for t, r in enumerate(log) if r["loss"] != r["loss"]] == [2, 3]
+    same = [all(torch.equal(kept[t][n], kept[t - 1][n]) for n in kept[t]) for t in range(1, 6)]
+    assert same == [False, True, True, False, False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", [None, "full", "absmean", "hestia"])
+def test_no_step_waits_for_the_gpu_and_divergence_is_still_seen(method):
+    model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=2, num_key_value_heads=1)).cuda()  # fmt: skip
+    qat = method and h.Hestia(model, 12, method=method, group_size=16, dtype=torch.bfloat16, compile=True)
+    trained = qat.latents if qat else {k: p for k, p in model.named_parameters() if "norm" not in k}
+    tokens, kept = torch.randint(0, 64, (2000,)), {}
+
+    def on_step(t, record):
+        torch.cuda.set_sync_debug_mode("error" if t < 9 else "default")  # what waits between here and there raises
+        if t == 6:
+            kept.update({name: p.detach().clone() for name, p in trained.items()})
+            model.model.norm.weight.data.fill_(math.inf)
+
+    try:
+        with pytest.raises(h.Diverged, match="at step 7 of 12"):
+            h.train(torch.compile(model), tokens, steps=12, batch_size=8, block_size=16, lr=1e-3, qat=qat,
+                    micro_batches=2, log_every=12, on_step=on_step)  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(p, kept[name]) for name, p in trained.items())
+
+
+DDP_RUN = """
+import json, sys, torch
+import hestia as h
+torch.distributed.init_process_group("gloo")
+torch.manual_seed(0)
+model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                              num_attention_heads=2, num_key_value_heads=1))
+tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
+logs = []
+for method, shard in (("hestia", False), ("lsq", True)):
+    torch.manual_seed(0)
+    model = h.Llama(model.config)
+    qat = h.Hestia(model, 50, method=method, group_size=16)
+    fast = torch.nn.parallel.DistributedDataParallel(model)
+    logs.append(h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                        micro_batches=2, shard_optimizer=shard))
+with torch.no_grad():
+    next(iter(qat.latents.values())).add_(torch.distributed.get_rank())
+try:
+    h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, name="uneven")
+except RuntimeError as error:
+    logs.append(str(error))
+if torch.distributed.get_rank() == 0:
+    open(sys.argv[1], "w").write(json.dumps(logs))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
+    script, out = tmp_path / "ddp_run.py", tmp_path / "logs.json"
+    script.write_text(DDP_RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*command, str(script), str(out)], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent)})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *logs, error = json.loads(out.read_text())
+    assert error == "uneven: the processes hold different weights or scores; give all the same seed and files"
+    for method, log in zip(("hestia", "lsq"), logs):
+        torch.manual_seed(0)
+        model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                      num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+        tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
+        qat = h.Hestia(model, 50, method=method, group_size=16)
+        alone = h.train(model, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
+                        micro_batches=4)  # fmt: skip
+        assert [r["loss"] for r in log] == pytest.approx([r["loss"] for r in alone], abs=1e-5)
 
 
 def test_generate():
@@ -1853,7 +2291,7 @@ def test_a_run_leaves_everything_it_promises(finished_run):
     names = {p.name for p in finished_run.iterdir()}
     checkpoints = {f"{m}-seed{s}.pt" for m in ("full", "absmean", "hestia-no-hessian", "hestia") for s in (0, 1)}
     assert names == {"config.json", "log.jsonl", "results.json", "snapshots.npz", "overview.png",
-                     "sensitivities.json", "state.json"} | checkpoints | {f"pretrained-seed{s}.pt" for s in (0, 1)}
+                     "sensitivities.json", "runs"} | checkpoints | {f"pretrained-seed{s}.pt" for s in (0, 1)}
     results = json.loads((finished_run / "results.json").read_text())
     table = results["table"]
     assert list(table) == ["before", "untrained", "full", "absmean", "hestia-no-hessian", "hestia"]
@@ -1884,10 +2322,10 @@ def test_the_checkpoint_is_ternary_and_reads_back(finished_run):
 
 
 def test_a_folder_that_holds_a_run_is_left_alone(finished_run, text, capsys):
-    before = {p.name: p.read_bytes() for p in finished_run.iterdir()}
+    before = {p.name: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()}
     assert train_tiny.main(["--data", text, "--out", str(finished_run), *TINY]) == 2
     assert "already exists and is not an empty folder" in capsys.readouterr().err
-    assert before == {p.name: p.read_bytes() for p in finished_run.iterdir()}
+    assert before == {p.name: p.read_bytes() for p in finished_run.rglob("*") if p.is_file()}
 
 
 def test_no_gap_is_reported_where_the_ste_is_not_above_full_precision():
@@ -2084,7 +2522,6 @@ def test_what_is_missing_gets_one_sentence(made_up, tmp_path, monkeypatch, capsy
     (["--methods", "hestia:scores=sorted"], "expected scores=shuffled or common"),
     (["--methods", "absmean:alpha=0.6"], "method absmean:alpha=0.6: alpha changes nothing there"),
     (["--methods", "hestia-no-hessian:alpha=0.6"], "alpha changes nothing there"),
-    (["--ablate", "rho", "--methods", "full"], "--ablate chooses the methods itself"),
     (["--methods", "hestia:rho=2"], "method hestia:rho=2: expected rho from 0 to 1"),
     (["--methods", "hestia:group_size=48"], "--group-size 48 does not divide"),
     (["--ablate", "everything"], "argument --ablate: invalid choice"),
@@ -2212,6 +2649,7 @@ def test_long_text_is_tokenized_in_pieces_as_in_one(tmp_path, capsys):
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     text = Path(h.__file__).read_text() * 12
+    text = text[: (1 << 18) - 1] + "x\n\n\nx" + text[1 << 18 :]  # line breaks where the first cut would be
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=500, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()
     )
@@ -2233,16 +2671,16 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
             return train_tiny.main([*arguments, *more])
 
     assert run(str(tmp_path / "undisturbed")) == 0
-    original, calls = train_tiny.run_method, []
+    original, calls = train_tiny.Study.keep, []
 
-    def interrupted(*a, **k):
-        calls.append(a[2])
-        if len(calls) in (3, 9):
-            original(*a, **k)  # its records are in the log, its result nowhere
-            raise KeyboardInterrupt
-        return original(*a, **k)
+    def interrupted(self, name, seed, *a):
+        if name != "start":
+            calls.append(name)
+            if len(calls) in (3, 9):
+                raise KeyboardInterrupt  # its records are in the log, its result nowhere
+        return original(self, name, seed, *a)
 
-    monkeypatch.setattr(train_tiny, "run_method", interrupted)
+    monkeypatch.setattr(train_tiny.Study, "keep", interrupted)
     out = str(tmp_path / "other" / "interrupted")
     assert run(out) == 130 and "--resume goes on" in capsys.readouterr().err
     assert run(out, "--resume") == 130 and run(out, "--resume") == 0
@@ -2268,12 +2706,228 @@ def test_a_study_that_is_interrupted_goes_on_and_ends_the_same(text, tmp_path, m
     assert run(str(tmp_path / "nothing"), "--resume") == 2 and "--resume needs --out" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path)
     assert run("other/../other/interrupted", "--resume") == 0  # the same folder by another name
-    for broken in ("{", "[]", '{"tuning": {}, "seeds": {"0": {}}}', '{"tuning": {"full": 3}, "seeds": {}}'):
-        (Path(out) / "state.json").write_text(broken)
-        assert run(out, "--resume") == 2 and "state.json or snapshots.npz in" in capsys.readouterr().err
+    for broken in ("{", "[]", "{}", '{"lr": 1}', '{"tuning": "low"}'):
+        (Path(out) / "runs" / "absmean-seed1.json").write_text(broken)
+        assert run(out, "--resume") == 2 and "absmean-seed1.json cannot be read" in capsys.readouterr().err
     for broken in ("{", "[]", '{"config": {}}', '{"config": {}, "data": {}, "sessions": 3}'):
         (Path(out) / "config.json").write_text(broken)
         assert run(out, "--resume") == 2 and "config.json cannot be read" in capsys.readouterr().err
+
+
+def run_quietly(*arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return train_tiny.main([*map(str, arguments)])
+
+
+def outcome(folder):
+    """All that a finished run says and leaves, but for the time that it took."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = [{k: v for k, v in row.items() if k != "seconds"} for seed in results["per_seed"] for row in seed.values()]
+    timing = ("seconds", "seconds_left", "tokens_per_s")
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = [{k: v for k, v in r.items() if k not in timing} for r in log]
+    tensors = {}
+    for path in sorted(folder.glob("*.pt")):
+        saved = torch.load(path, weights_only=True)["model"]
+        tensors |= {f"{path.name}/{k}": t.view(torch.int16).numpy().tobytes() for k, t in saved.items()}
+    with np.load(folder / "snapshots.npz") as z:
+        arrays = {k: z[k].tobytes() for k in z}
+    files = {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
+    return {"rows": rows, "log": log, "tensors": tensors, "arrays": arrays, "files": files}
+
+
+# tequila has state beside W, cage acts on W, stochastic draws random numbers
+SURVIVOR = ["--methods", "absmean", "hestia", "tequila", "stochastic", *TINY, "--steps", "12", "--pretrain-steps", "12"]
+
+
+def killed_until_done(arguments, folder, seconds, seed):
+    """Run in processes that are killed at random moments, and resumed, until one ends. Returns how many were killed."""
+    context, rng, kills = multiprocessing.get_context("forkserver"), random.Random(seed), 0
+    context.set_forkserver_preload(["train_tiny"])
+    while not (folder / "overview.png").exists():  # the last file
+        resume = ["--resume"] if (folder / "config.json").exists() else []
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)  # killed before it had begun
+        child = context.Process(target=train_tiny.main, args=([*arguments, "--out", str(folder), *resume],))
+        child.start()
+        child.join(rng.uniform(0, seconds))
+        kills += child.is_alive()
+        child.kill()
+        child.join()
+    return kills
+
+
+def compare_killed(text, tmp_path, runs):
+    torch.set_num_threads(1)
+    arguments = ["--data", text, *SURVIVOR, "--save-minutes", "0"]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_tiny"])
+    child = context.Process(target=train_tiny.main, args=([*arguments, "--out", str(tmp_path / "undisturbed")],))
+    began = time.perf_counter()
+    child.start()
+    child.join()
+    seconds, expected = time.perf_counter() - began, outcome(tmp_path / "undisturbed")
+    kills = []
+    for n in range(runs):
+        kills.append(killed_until_done(arguments, tmp_path / str(n), seconds, n))
+        got = outcome(tmp_path / str(n))
+        left = {name for name in got["files"] if name.endswith(".tmp")}  # of a process killed while it wrote
+        assert {**got, "files": got["files"] - left} == expected
+        shutil.rmtree(tmp_path / str(n))
+    print(f"{runs} runs, killed {sum(kills)} times ({min(kills)} to {max(kills)} each), all ended with the same bits")
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 2)
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_go_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 50)
+
+
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_ends_the_step_saves_and_exits(number, text, tmp_path, monkeypatch, capfd):
+    arguments = ["--data", text, *SURVIVOR]
+    assert run_quietly(*arguments, "--out", tmp_path / "undisturbed") == 0
+    original = train_tiny.Reporter.line
+
+    def line(self, r, total):
+        original(self, r, total)
+        if self.about["method"] == "hestia" and r["step"] == 5:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(train_tiny.Reporter, "line", line)
+    assert run_quietly(*arguments, "--out", tmp_path / "stopped") == 128 + number
+    assert (tmp_path / "stopped" / "runs" / "hestia-seed0-last.pt").exists()
+    assert "stopping after this step" in capfd.readouterr().err
+    monkeypatch.setattr(train_tiny.Reporter, "line", original)
+    assert run_quietly(*arguments, "--out", tmp_path / "stopped", "--resume") == 0
+    assert "hestia goes on from step 6 of 12" in capfd.readouterr().out
+    assert outcome(tmp_path / "stopped") == outcome(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("stride", (3, pytest.param(1, marks=pytest.mark.slow)))  # 1: every write
+@pytest.mark.parametrize("how", ("before", "half", "at the end"))
+def test_a_write_that_fails_leaves_a_run_that_goes_on(how, stride, text, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", text, "--methods", "hestia", *TINY, "--steps", "3", "--pretrain-steps", "2",
+                 "--save-minutes", "0", "--out"]  # fmt: skip
+    monkeypatch.setattr(plots, "overview", lambda folder: plots.plt.figure(figsize=(1, 1)))  # the figure takes longest
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    expected, original, count, broken = outcome(tmp_path / "undisturbed"), train_tiny.whole, itertools.count(), None
+
+    @contextlib.contextmanager
+    def whole(path):
+        fails = next(count) == broken
+        if fails and how == "before":
+            raise PermissionError(13, "Permission denied", str(path))
+        with original(path) as aside:
+            yield aside
+            if fails:
+                if how == "half":
+                    aside.write_bytes(aside.read_bytes()[: aside.stat().st_size // 2])
+                raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(train_tiny, "whole", whole)
+    assert run_quietly(*arguments, tmp_path / "counted") == 0
+    writes = next(count)
+    assert writes > 12
+    for broken in range({"before": 0, "half": 1, "at the end": 2}[how] % stride, writes, stride):
+        count, folder = itertools.count(), tmp_path / str(broken)
+        assert run_quietly(*arguments, folder) == 1
+        assert "the run failed" in capsys.readouterr().err and not list(folder.rglob("*.tmp"))
+        count, broken = itertools.count(), None
+        begun = (folder / "config.json").exists()
+        assert run_quietly(*arguments, folder, *(["--resume"] if begun else [])) == 0
+        got = outcome(folder)
+        assert got["files"] == expected["files"] and got["log"] == expected["log"]
+        assert got == expected
+
+
+def test_a_log_that_cannot_be_written_leaves_a_run_that_goes_on(text, tmp_path, monkeypatch):
+    arguments = ["--data", text, "--methods", "hestia", *TINY, "--steps", "4", "--pretrain-steps", "4",
+                 "--save-minutes", "0", "--out"]  # fmt: skip
+    monkeypatch.setattr(plots, "overview", lambda folder: plots.plt.figure(figsize=(1, 1)))
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    original, count = train_tiny.Reporter.write, itertools.count()
+
+    def write(self, record):
+        if next(count) in (2, 9):
+            self.file.write('{"seed": 0, "met')
+            raise OSError(28, "No space left on device")
+        original(self, record)
+
+    monkeypatch.setattr(train_tiny.Reporter, "write", write)
+    codes = [run_quietly(*arguments, tmp_path / "run", *(["--resume"] if n else [])) for n in range(3)]
+    assert codes == [1, 1, 0] and outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+
+
+def test_a_damaged_state_is_said_and_that_training_starts_anew(text, tmp_path, monkeypatch, capsys):
+    arguments = ["--data", text, "--methods", "absmean", *TINY, "--steps", "4", "--save-minutes", "0", "--out"]
+    assert run_quietly(*arguments, tmp_path / "undisturbed") == 0
+    with monkeypatch.context() as m:
+        m.setattr(train_tiny.Study, "keep", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run_quietly(*arguments, tmp_path / "run") == 130
+    (state,) = (tmp_path / "run" / "runs").glob("*-last.pt")
+    (tmp_path / "run" / "pretrained-seed0.pt").unlink()
+    state.write_bytes(state.read_bytes()[:1000])
+    assert run_quietly(*arguments, tmp_path / "run", "--resume") == 0
+    assert "cannot be read" in capsys.readouterr().out
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "undisturbed")
+
+
+def test_trouble_is_said_in_a_line_and_is_an_error_with_strict(text, tmp_path, capsys):
+    soft = ["--data", text, "--methods", "hestia-no-hessian", *TINY, "--steps", "2", "--rho", "1", "--out"]
+    with warnings.catch_warnings():
+        assert train_tiny.main([*soft, str(tmp_path / "warned")]) == 0
+    assert "tau has not reached hard at the end" in capsys.readouterr().out
+    assert train_tiny.main([*soft, str(tmp_path / "strict"), "--strict"]) == 1
+    assert "an error because of --strict" in capsys.readouterr().err
+    alike = ["--data", text, "--methods", "hestia", *TINY, "--steps", "2", "--kappa", "0.001", "--strict", "--out"]
+    assert train_tiny.main([*alike, str(tmp_path / "alike")]) == 1
+    assert "the sensitivity scores are all alike" in capsys.readouterr().err
+
+
+def test_a_spike_of_the_gradient_is_said(text, tmp_path, monkeypatch, capsys):
+    original = h.Llama.forward
+
+    def forward(self, ids, targets=None, *more):
+        out = original(self, ids, targets, *more)
+        forward.calls += targets is not None and torch.is_grad_enabled()
+        return 1e5 * out if forward.calls == 30 else out
+
+    forward.calls = 0
+    monkeypatch.setattr(h.Llama, "forward", forward)
+    arguments = ["--data", text, "--methods", "full", *TINY, "--lr", "1e-5", "--out", str(tmp_path / "run")]
+    assert train_tiny.main(arguments) == 0
+    assert "a gradient norm of" in capsys.readouterr().out
+
+
+def test_several_processes_find_what_one_finds(text, tmp_path):
+    more = ["--methods", "absmean", "hestia:alpha=0.6", "--lrs", "1e-3", "2e-3", *TINY, "--steps", "4"]
+    results = []
+    for jobs in ("1", "2"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            out = tmp_path / jobs
+            assert train_tiny.main(["--data", text, "--jobs", jobs, "--out", str(out), *more]) == 0
+        results.append(json.loads((out / "results.json").read_text()))
+        for row in results[-1]["per_seed"][0].values():
+            row.pop("seconds", None)
+    for key in ("per_seed", "tuning", "data"):
+        assert results[0][key] == results[1][key]
+    assert {p.name for p in (tmp_path / "1").rglob("*")} == {p.name for p in (tmp_path / "2").rglob("*")}
+
+
+def test_the_readme_has_the_tables_that_the_results_print(capsys):
+    readme = (Path(h.__file__).parent / "README.md").read_text()
+    shown = re.findall(r"<!-- python train_tiny.py --show (\S+) -->\n\n(.*?)\n\n(?!\|)", readme, re.S)
+    assert len(shown) == readme.count("--show notebooks")
+    for path, tables in shown:
+        assert train_tiny.main(["--show", str(Path(h.__file__).parent / path)]) == 0
+        printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+        assert [line for line in tables.splitlines() if line.startswith("|")] == printed
 
 
 @pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])
@@ -2287,7 +2941,7 @@ def test_ablations(what, text, tmp_path):
     assert list(rows)[2:] == results["config"]["methods"] and len(rows) >= 7 and "commit" in results
     assert "hestia" in rows and "absmean" in rows
     losses = [row["val"] for name, row in rows.items() if name.startswith("hestia")]
-    assert len(set(losses)) == len(losses) or what == "samples"  # every variant did something else
+    assert len(set(losses)) == len(losses) or what in ("samples", "all")  # every variant did something else
 
 
 def test_changed_scores_by_hand():
@@ -2308,6 +2962,77 @@ def test_two_bit_and_binary_runs_save_and_read_back(text, tmp_path):
     assert table["hestia-2bit"]["on_grid"] == table["hestia-binary"]["on_grid"] == [1.0, None]
 
 
+@pytest.mark.slow
+def test_the_bench_measures_every_mode(tmp_path, capsys):
+    out = tmp_path / "bench.json"
+    arguments = shlex.split("--bench --rounds 1 --steps 1 --micro 1 --accumulate 1 --block-size 16 --no-compile")
+    assert train_tiny.main([*arguments, "--out", str(out), "--modes", "full"]) == 0
+    assert len(json.loads(out.read_text())) == 1 and "| full precision" in capsys.readouterr().out
+    for mode in ("absmean", "hestia", "naive", "plain", "passes"):  # what it does in processes of their own
+        assert train_tiny.main([*arguments, "--worker", mode]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {row["mode"]: row for row in (json.loads(line.removeprefix("result ")) for line in lines)}
+    assert len(rows) == 4 + 3 and all(row["ms"] > 0 for row in rows.values())
+    assert all(0 < rows[m]["of_matrix_rate"] < 1 for m in ("absmean", "hestia", "naive", "plain"))
+    assert train_tiny.main(["--bench", "--modes", "magic"]) == 2
+
+
+def test_the_naive_forward_of_the_bench_is_hestias():
+    linear = nn.Linear(16, 4, bias=False)
+    linear.__class__, linear.group_size = train_tiny.NaiveLinear, 8
+    linear.now = torch.tensor([0.4, 0.3, *h.TERNARY])
+    torch.testing.assert_close(linear(torch.eye(16)), h.effective_weight(linear.weight, 0.3, 0.4, 8).T)
+
+
+@pytest.mark.slow
+def test_torchrun_shares_the_batches_and_changes_nothing_else(text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = str(Path(train_tiny.__file__).resolve())
+    arguments = ["--data", text, *TINY, "--methods", "hestia"]
+    done = subprocess.run([*command, script, *arguments, "--out", str(tmp_path / "two"), "--shard"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
+    tables = [json.loads((tmp_path / run / "results.json").read_text())["table"]["hestia"] for run in ("one", "two")]
+    assert tables[0]["val"][0] == pytest.approx(tables[1]["val"][0], abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", (signal.SIGINT, signal.SIGTERM))
+def test_a_signal_to_the_first_process_ends_them_all(number, text, tmp_path):
+    arguments = [sys.executable, train_tiny.__file__, "--data", text, *TINY, "--methods", "absmean", "hestia",
+                 "--seeds", "3", "--jobs", "2", "--steps", "4000", "--out", str(tmp_path / "run")]  # fmt: skip
+    run = subprocess.Popen(arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while len(list((tmp_path / "run").glob("runs/*-seed?.jsonl"))) < 5:  # three of full precision, and two methods
+        time.sleep(0.1)
+    time.sleep(1)
+    run.send_signal(number)
+    assert run.wait(30) == 128 + number and "--resume goes on" in run.stderr.read()
+    assert len(list((tmp_path / "run").glob("runs/*-last.pt"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", ([], ["--shard"]), ids=("whole", "shard"))
+def test_two_processes_that_are_killed_go_on(more, text, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               str(Path(train_tiny.__file__).resolve()), "--data", text, *TINY, "--methods", "hestia", "--steps", "60",
+               "--save-minutes", "0", *more, "--out"]  # fmt: skip
+    assert subprocess.run([*command, str(tmp_path / "undisturbed")], capture_output=True).returncode == 0
+    run = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "runs" / "hestia-seed0-last.pt").exists():
+        time.sleep(0.01)
+    subprocess.run(["pkill", "-KILL", "-f", str(tmp_path / "run")], check=True)  # torchrun, and what it has started
+    run.wait()
+    done = subprocess.run([*command, str(tmp_path / "run"), "--resume"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "hestia goes on from step" in done.stdout
+    got, expected = outcome(tmp_path / "run"), outcome(tmp_path / "undisturbed")
+    assert {**got, "files": 0} == {**expected, "files": 0}
+
+
 def test_without_out_each_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = train_tiny.parse([])
@@ -2319,6 +3044,132 @@ def test_files_are_whole_or_absent(tmp_path):
         aside.write_text("half")
         _ = 1 / 0
     assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# random command lines, valid and not: a result or one sentence, never a traceback
+
+SMALLEST = shlex.split("--hidden 8 --heads 2 --layers 1 --intermediate 8 --group-size 4 --steps 2 --pretrain-steps 1 "
+                       "--batch-size 2 --block-size 8 --eval-tokens 64 --calibration 1 --samples 2 --rank 1 "
+                       "--device cpu --no-compile --methods absmean")  # fmt: skip
+NUMBERS = {
+    int: [*shlex.split("-1 0 1 2 3 4 12 1_6 ' 4' 1000000000000 9999999999999999999999 1e3 many ² ''"), "1" * 5000],
+    float: shlex.split("-1 0 0.2 0.5 1 3 49 1e-30 1e-3 1e30 1e308 1e999 -1e-320 nan inf -inf 0,5 much ''"),
+}
+METHODS = [*h.QUANTIZERS, *shlex.split("""full,absmean hestia:alpha=0.6 hestia:rho=0,scores=shuffled magic HESTIA : , ''
+    hestia:scores=common,alpha=0 hestia:group_size=0 absmean:group_size=8 hestia:samples=3 hestia:alpha=0.1,alpha=0.2
+    hestia:group_size=-1 hestia:group_size=5 hestia:samples=2.5 hestia:samples=1 hestia:samples=9999999999999999999999
+    hestia:alpha=1e999 hestia:rho=nan hestia: hestia:alpha hestia:= twn:alpha=1 lsq:group_size=0 'a\nb'""")]
+
+
+def damaged(random, content):
+    """A JSON file cut off, with another byte somewhere, or with a value of another kind in it or one left out."""
+    where, how = random.randrange(len(content)), random.randrange(4)
+    if how == 0:
+        return content[:where]
+    if how == 1:
+        return content[:where] + bytes([random.randrange(256)]) + content[where + 1 :]
+    whole = inner = json.loads(content)
+    while True:
+        key = random.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if not (isinstance(inner[key], dict | list) and inner[key] and random.random() < 0.7):
+            break
+        inner = inner[key]
+    inner[key] = random.choice([None, [], {}, "x", -1, 0, 1e999, 10**30, True, [[]], {"": 0}])
+    if how == 2:
+        del inner[key]
+    return json.dumps(whole).encode()
+
+
+def random_value(random, field, files, outs):
+    """Words to follow an option: some make sense, some do not. None of them makes a run long."""
+    if field.name in ("data", "val_data", "test_data", "llama", "show"):
+        return [random.choice(files)]
+    if field.name == "out":
+        return [random.choice(outs)]
+    if field.name == "device":
+        return [random.choice(["cpu", "cpu:0", "cpu:7", "CPU", "cuda:99", "meta", "mps", "hpu", "abacus", ":", ""])]
+    if field.name in ("preset", *train_tiny.CHOICES):
+        return [random.choice([*train_tiny.CHOICES.get(field.name, ["cpu", "gpu", "paper"]), "other", ""])]
+    if field.type is tuple:
+        return random.choices(METHODS if field.name == "methods" else NUMBERS[float], k=random.randrange(4))
+    value = random.choice(NUMBERS[field.type])
+    return ["-2" if field.name == "jobs" and value.strip("+- _0").isdecimal() and int(value) > 1 else value]
+
+
+def random_command(random, folder, finished):
+    """Arguments of train_tiny.py: the smallest job with up to three options more; sometimes its folder is damaged."""
+    out, text = str(folder / "run"), str(finished.parent / "text.txt")
+    files = [text, *(str(folder / name) for name in ("empty", "latin", "binary", "missing", "")), f"{text}/below", "",
+             "x" * 300, "\N{SNOWMAN}", "/dev/null", "/proc/self/mem", "--"]  # fmt: skip
+    outs = [out, str(folder), text, f"{text}/below", "/proc/nothing", "x" * 300, "", "a/b/c", "/dev/null"]
+    arguments = ["--data", text, *SMALLEST, "--out", out]
+    for _ in range(random.choice([0, 1, 1, 1, 2, 2, 3])):
+        field = random.choice(dataclasses.fields(train_tiny.Config))
+        name = "--" + field.name.replace("_", "-")
+        if field.type is bool:
+            arguments.append(name if field.name != "compile" and random.random() < 0.7 else "--no-" + name[2:])
+        else:
+            values = random_value(random, field, files, outs)
+            arguments += [f"{name}={values[0]}"] if len(values) == 1 and random.random() < 0.3 else [name, *values]
+    odd = random.random()
+    if odd < 0.04:
+        stray = random.choice(["--colour", "stray", "-h", "--", "--l", "-1", "--met", "--data", "--bench=1"])
+        arguments.insert(random.randrange(len(arguments)), stray)
+    elif odd < 0.06:
+        arguments.pop(random.randrange(len(arguments)))
+    elif odd < 0.12:
+        (folder / "results.json").write_bytes(damaged(random, (finished / "results.json").read_bytes()))
+        arguments = ["--show", str(folder / "results.json")]
+    elif odd < 0.22:
+        shutil.copytree(finished, out)
+        path = random.choice([Path(out) / "config.json", *sorted(Path(out).glob("runs/*.json"))])
+        path.write_bytes(damaged(random, path.read_bytes()))
+        arguments.append("--resume")
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def smallest_run(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smallest")
+    (folder / "text.txt").write_text(Path(text).read_text()[:8000])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert train_tiny.main(["--data", str(folder / "text.txt"), *SMALLEST, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("numbers", [range(25), pytest.param(range(25, 500), marks=pytest.mark.slow)], ids=str)
+def test_random_command_lines_end_with_a_result_or_one_sentence(numbers, smallest_run, tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for number in numbers:
+        rng, folder = random.Random(number), tmp_path / str(number)
+        folder.mkdir()
+        for name, content in {"empty": b"", "latin": b"ab\xe9cd" * 1000, "binary": bytes(range(256)) * 20}.items():
+            (folder / name).write_bytes(content)
+        arguments = random_command(rng, folder, smallest_run)
+        about = f"number {number}: {shlex.join(arguments)}"
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            patch.chdir(folder)
+            if rng.random() < 0.04:
+                patch.setattr(h, "train", interrupted)
+            warnings.simplefilter("ignore")
+            try:
+                code = train_tiny.main(arguments)
+            except SystemExit as stop:  # argparse's
+                code = stop.code
+            except BaseException as error:
+                pytest.fail(f"{about}: {error!r}")
+        said, error = capsys.readouterr()
+        assert code in (0, 1, 2, 130), about
+        assert error.strip().count("\n") == 0 and bool(error) == bool(code) and "Traceback" not in said, (about, error)
+        shutil.rmtree(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# presets, text, README
 
 
 def test_presets():

@@ -4,11 +4,13 @@
     python train_tiny.py --preset gpu                # the same at 1.7 M parameters and three seeds, on a GPU
     python train_tiny.py --data my.txt --methods full absmean hestia --seeds 3
     python train_tiny.py --llama Llama-3.2-1B --data my.txt      # a trained Llama in, a ternary one out
+    torchrun --nproc-per-node 2 train_tiny.py ...                # the same, every batch shared by two GPUs
+    python train_tiny.py --bench --llama 1b                      # what a step costs (section 5.5); see --bench --help
 
 For every seed: a tiny Llama is trained in full precision on bytes of text; the sensitivity of each linear layer is
 estimated (Hutch++); then, from the same weights and on the same batches, every method trains for the same number of
 steps, is hardened, saved, read back and evaluated. A table and a folder out/<name>/ are left: config.json, log.jsonl
-(one record per line), state.json (what is finished, for --resume), sensitivities.json, results.json, snapshots.npz,
+(one record per line), runs/ (what is finished, for --resume), sensitivities.json, results.json, snapshots.npz,
 overview.png, the full-precision weights of each seed, and a checkpoint per method and seed. With --llama the weights
 come from a folder instead of the first training, the text goes through its tokenizer, the settings are the paper's
 unless said otherwise, and the checkpoints are Hugging Face folders.
@@ -20,17 +22,22 @@ import dataclasses
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import platform
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import tempfile
+import threading
 import time
 import warnings
 import zipfile
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,10 +63,11 @@ class Config:
     preset: str = option("cpu: minutes on two cores; gpu: 1.7 M parameters; paper: Table 5, for much more text", "cpu")
     data: str = option("a UTF-8 text file, read as bytes; default: the Python standard library's source", "")
     val_data: str = option("held-out text; default: the last 5 % of --data, or files of the default text", "")
+    test_data: str = option("another text, on all of which the finished models are measured too", "")
     llama: str = option("a folder with a Llama to start from, Hugging Face's or Meta's; needs --data", "")
     methods: tuple = option(f"what to compare, of: {', '.join(hestia.QUANTIZERS)}; or all",
                             ("full", "absmean", "hestia-no-hessian", "hestia"))  # fmt: skip
-    ablate: str = option("compare variants of HESTIA instead: group, hessian, alpha, rho, bits or samples", "")
+    ablate: str = option("compare variants of HESTIA: group, hessian, alpha, rho, bits, samples; or all", "")
     seeds: int = option("how many seeds; each has its own weights and batches, shared by all methods", 1, 3)
     seed: int = option("the first seed", 0)
     steps: int = option("steps of quantization-aware training, per method (T in the paper)", 160, 2000)
@@ -93,14 +101,19 @@ class Config:
     eval_tokens: int = option("tokens of each split on which the table's losses are measured; 0: all", 65536, 524288)
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
+    shard: bool = option("under torchrun: each process keeps only its share of AdamW's state", False)
+    show: str = option("only print the tables of this results.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
-    resume: bool = option("go on with the run in --out, which was interrupted, from the last finished method", False)
+    jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
+    save_minutes: float = option("minutes between saves of a training's state, for --resume; 0: after each step", 5.0)
+    strict: bool = option("stop with an error where a line would warn of trouble in a training", False)
+    resume: bool = option("go on with the run in --out, which was interrupted, where it was", False)
 
 
 CHOICES = {
     "clip_at": ("effective", "latent"),
     "sensitivity": ("hutchpp", "joint", "fisher", "gradnorm", "error"),
-    "ablate": ("group", "hessian", "alpha", "rho", "bits", "samples"),
+    "ablate": ("group", "hessian", "alpha", "rho", "bits", "samples", "all"),
 }
 
 
@@ -110,14 +123,16 @@ def ablation(config):
     of = lambda setting, *values: ("hestia", *(f"hestia:{setting}={v}" for v in values if v != usual.get(setting)))
     g = config.group_size or math.gcd(config.hidden, config.intermediate)
     sizes = [size for size in dict.fromkeys((0, g, g // 2)) if size != config.group_size]
-    return ("full", "absmean") + {
+    variants = {
         "group": (*(f"absmean:group_size={s}" for s in sizes), "hestia", *(f"hestia:group_size={s}" for s in sizes)),
         "hessian": ("hestia-no-hessian", *of("scores", "shuffled", "common")),
         "alpha": of("alpha", 0.6, 0.4, 0.2, 0.0, -0.2, -0.4, -0.6),
         "rho": of("rho", 0.0, 0.1, 0.2, 0.3, 0.5),
         "bits": ("int2", "hestia-binary", "hestia", "hestia-2bit"),
         "samples": of("samples", 5, 20, 50),
-    }[config.ablate]
+    }
+    chosen = variants.values() if config.ablate == "all" else [variants[config.ablate]]
+    return tuple(dict.fromkeys(["full", "absmean", *(method for methods in chosen for method in methods)]))
 
 
 class InputError(ValueError):
@@ -168,7 +183,8 @@ def variant(config, name):
     except (KeyError, ValueError):
         raise InputError(f"method {name}: expected settings such as alpha=0.6, of {', '.join(VARIED)}") from None
     scores = values.pop("scores", "")
-    if scores not in ("", "shuffled", "common") or values.get("samples", 2) < 2 or values.get("group_size", 0) < 0:
+    samples, size = values.get("samples", 2), values.get("group_size", 0)
+    if scores not in ("", "shuffled", "common") or not (2 <= samples < 2**31 and size >= 0):
         raise InputError(f"method {name}: expected scores=shuffled or common, samples from 2, group_size from 0")
     row = plots.quantizer(name)
     idle = [key for key in settings if key in row.settings or (key != "group_size" and not row.soft)
@@ -195,9 +211,8 @@ def check(config):
     names = [name for given in config.methods for name in ([given] if ":" in given else given.split(",")) if name]
     config.methods = tuple(hestia.QUANTIZERS) if names == ["all"] else tuple(dict.fromkeys(names))
     if config.ablate:
-        if config.methods != Config.methods:
-            raise InputError("--ablate chooses the methods itself; expected no --methods beside it")
-        config.methods = names = ablation(config)
+        chosen = () if config.methods == Config.methods else config.methods
+        config.methods = names = tuple(dict.fromkeys([*chosen, *ablation(config)]))
     unknown = [name for name in config.methods if name.partition(":")[0] not in hestia.QUANTIZERS]
     for name in (name for name in config.methods if ":" in name and not unknown):
         changed, _ = variant(config, name)
@@ -207,8 +222,11 @@ def check(config):
             check_groups(changed, config.hidden, config.intermediate)
     if unknown or not names:
         raise InputError(f"unknown method {', '.join(unknown) or '(none)'}; expected {', '.join(hestia.QUANTIZERS)}")
+    for f in dataclasses.fields(config):
+        if f.type is int and getattr(config, f.name) >= 2**31:  # what torch takes for a size or a seed
+            raise InputError(f"--{f.name.replace('_', '-')} is {getattr(config, f.name)}; expected less than {2**31}")
     for name in ("seeds", "steps", "pretrain_steps", "batch_size", "micro_batches", "block_size", "layers", "hidden",
-                 "intermediate", "heads", "calibration"):  # fmt: skip
+                 "intermediate", "heads", "calibration", "jobs"):  # fmt: skip
         if getattr(config, name) < 1:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected at least 1")
     if config.samples < 2:
@@ -223,7 +241,7 @@ def check(config):
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected a positive number")
     if config.block_size < 2:
         raise InputError(f"--block-size is {config.block_size}; expected at least 2, a token and the next one")
-    for name in ("weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
+    for name in ("save_minutes", "weight_decay", "kappa", "tau_init", "group_size", "rank", "eval_tokens", "seed"):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"--{name.replace('_', '-')} is {getattr(config, name)}; expected 0 or more")
     if not 0 <= config.rho <= 1:
@@ -249,8 +267,8 @@ def check(config):
         check_groups(config, config.hidden, config.intermediate)
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=config.device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=config.device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise InputError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
     return config
 
@@ -300,7 +318,7 @@ def read_text(option, path):
 
 
 def load_text(config, tokenizer=None):
-    """(train, validation) as tensors of tokens, and what to record about them."""
+    """(train, validation, test or nothing) as tensors of tokens, and what to record about them."""
     held_out = None
     if config.data:
         train, source = read_text("--data", config.data), Path(config.data).name
@@ -310,6 +328,7 @@ def load_text(config, tokenizer=None):
     else:
         train, held_out = standard_library()
         source = f"standard library of Python {platform.python_version()}"
+    test = read_text("--test-data", config.test_data) if config.test_data else b""
     facts = {"source": source, "sha256": hashlib.sha256(train + (held_out or b"")).hexdigest()}
     if tokenizer is None:
         as_tokens = lambda text: torch.from_numpy(np.frombuffer(bytearray(text), dtype=np.uint8))
@@ -327,9 +346,15 @@ def load_text(config, tokenizer=None):
         raise InputError(f"{source} has {len(train)} {unit} to train on and {len(val)} held out; expected more than "
                          f"{config.block_size + 1} of each for blocks of {config.block_size}")  # fmt: skip
     facts |= {"unit": unit, f"train_{unit}": len(train), f"val_{unit}": len(val)}
+    if config.test_data:
+        facts |= {"test_sha256": hashlib.sha256(test).hexdigest(), "test_source": Path(config.test_data).name}
+        test = as_tokens(test)
+        facts[f"test_{unit}"] = len(test)
+        if len(test) < 2:
+            raise InputError(f"--test-data {config.test_data} has {len(test)} {unit}; expected at least 2")
     if tokenizer is None:
         train, val = train.to(config.device), val.to(config.device)
-    return train, val, facts
+    return train, val, test, facts
 
 
 def load_tokenizer(config):
@@ -355,12 +380,12 @@ def check_tokenizer(tokenizer, model, path):
 def tokenized(text, tokenizer, config):
     """Token ids of a text, int32, from a memory-mapped file that is written once per text and tokenizer.
 
-    Long texts are cut before tokenizing: at the end of a line that is not followed by white space, every 256 kB or so.
+    Long texts are cut before tokenizing: at a single line break between other characters, every 256 kB or so.
     """
     key = hashlib.sha256(tokenizer.to_str().encode() + b"\0" + text).hexdigest()[:24]
     path = (Path(config.out).parent if config.out else Path("out")) / "tokens" / f"{key}.npy"
     if not path.exists():
-        line, cuts = re.compile(rb"\n(?=\S)"), [0]
+        line, cuts = re.compile(rb"(?<=\S)\n(?=\S)"), [0]
         while found := line.search(text, cuts[-1] + (1 << 18)):
             cuts.append(found.start() + 1)
         pieces = [text[a:b].decode("utf-8") for a, b in zip(cuts, [*cuts[1:], len(text)])]
@@ -391,7 +416,7 @@ def excerpt(tokens, config):
 @contextmanager
 def whole(path):
     """Write beside `path`, then rename: the name never holds half a file."""
-    aside = path.with_name(path.name + ".tmp")
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # of its own, where several processes write
     try:
         yield aside
         os.replace(aside, path)
@@ -402,6 +427,11 @@ def whole(path):
 def save_json(path, what):
     with whole(path) as aside:
         aside.write_text(json.dumps(what, indent=1) + "\n")
+
+
+def fingerprint(what):
+    """A hash of what JSON can hold; the same after it was written and read."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def save_checkpoint(path, model, quantized=()):
@@ -422,7 +452,11 @@ def load_checkpoint(path):
 
 def check_out(config):
     folder = Path(config.out)
-    if config.out and not config.resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    try:
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise InputError(f"--out {folder} cannot be used: {error.strerror}") from None
+    if config.out and not config.resume and taken:
         raise InputError(f"--out {folder} already exists and is not an empty folder; name another, or remove it")
 
 
@@ -494,6 +528,17 @@ class Snapshots:
         if (t + 1) % self.log_every == 0 or t + 1 == qat.total_steps - 1:
             self.keep()
 
+    def state(self):
+        """All of it, in tensors and numbers, to be saved; `take` puts it back."""
+        rows = [{**row, "hist": torch.from_numpy(np.array(row["hist"]))} for row in self.rows]
+        return {"rows": rows, "before": self.before, "codes": self.codes_before_end}
+
+    def take(self, state):
+        device = next(iter(self.before.values())).device
+        here = lambda tensors: tensors and {name: t.to(device) for name, t in tensors.items()}
+        self.rows = [{**row, "hist": list(row["hist"].numpy())} for row in state["rows"]]
+        self.before, self.codes_before_end = here(state["before"]), here(state["codes"])
+
     def changed_since(self):
         now = self.qat.codes()
         changed = sum(int((now[name] != old).sum()) for name, old in self.codes_before_end.items())
@@ -508,18 +553,20 @@ class Snapshots:
 
 
 class Reporter:
-    """Prints log lines and writes log.jsonl as they come."""
+    """Prints the log lines of one run and writes them to its file in folder/runs/ as they come."""
 
-    def __init__(self, folder, config):
-        self.file = open(folder / "log.jsonl", "a")  # noqa: SIM115, closed at the end of the run
-        pretraining, methods = 0 if config.llama else config.pretrain_steps, len(config.methods)
-        self.steps = config.seeds * (pretraining + methods * config.steps)
-        self.steps += bool(config.lrs) * (pretraining + methods * len(config.lrs) * config.steps)
-        self.began, self.announced = time.perf_counter(), False
+    def __init__(self, study, name, seed):
+        self.study, self.about = study, {"seed": seed, "method": name}
+        self.file = open(study.runs / f"{file_name(name, seed)}.jsonl", "w")  # noqa: SIM115, closed at the run's end
 
-    def line(self, r, seed, method, total):
-        self.file.write(json.dumps({"seed": seed, "method": method, **r}) + "\n")
+    def write(self, r):
+        self.file.write(json.dumps({**self.about, **r}) + "\n")
         self.file.flush()
+
+    def line(self, r, total):
+        self.write(r)
+        if self.study.config.jobs > 1:  # lines of several runs would mix
+            return
         text = f"  step {r['step']:5d}/{total}  loss {r['loss']:.4f}  lr {r['lr']:.1e}  grad {r['grad_norm']:.2f}"
         if "p" in r:
             text += f"  p {r['p']:.2f}  tau {r['tau_min']:.3f}-{r['tau_max']:.3f}"
@@ -529,60 +576,215 @@ class Reporter:
             text += f"  val {r['val_loss_hard']:.4f}"
         left = f"  {r['seconds_left']:.0f} s left" if r["step"] else ""  # the first step may have compiled for a minute
         print(f"{text}  {r['tokens_per_s'] / 1e3:.1f} k tok/s{left}", flush=True)
-        if not self.announced and total / 10 < r["step"] < total - 1:
-            self.announced = True
-            minutes = r["seconds_left"] / (total - r["step"] - 1) * self.steps / 60
+        if self.study.steps_ahead and total / 10 < r["step"] < total - 1:
+            minutes = r["seconds_left"] / (total - r["step"] - 1) * self.study.steps_ahead / 60
             print(f"  (all runs together: about {minutes:.0f} min)")
+            self.study.steps_ahead = 0  # said once
 
 
-def train(config, model, tokens, seed, reporter, *, steps, lr, name, qat=None, val=None, loss_fn=None):
-    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents."""
-    log_every = max(1, steps // 40)
-    snapshots = Snapshots(qat, log_every) if qat else None
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C (SIGINT) or SIGTERM; its argument is the signal's number."""
+
+
+class Signals:
+    """What Ctrl-C and SIGTERM do: end the program, or, while a run trains, do so after the step, when its state is
+    saved. A second one ends it at once."""
+
+    training, asked, worker, before = False, None, False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
+            self.before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def __call__(self, number, frame):
+        if self.worker and not self.training:
+            os._exit(128 + number)  # it has nothing to save, and the first process says what there is to say
+        if not self.training or self.asked:
+            self.asked = None
+            raise Interrupted(number)
+        self.asked = number
+        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+
+
+signals = Signals()
+
+
+class Saved:
+    """The state of one training on disk: folder/runs/NAME-last.pt, written aside, checked and renamed every
+    --save-minutes and when the program is told to stop, and gone when the training is finished. NAME-best.pt: the
+    weights (W, not rounded) whose hard loss on the validation text was lowest, if those at the end were not."""
+
+    def __init__(self, study, name, seed):
+        self.last = study.runs / f"{file_name(name, seed)}-last.pt"
+        self.best = study.runs / f"{file_name(name, seed)}-best.pt"
+        self.every, self.clock, self.loss = 60 * study.config.save_minutes, time.monotonic(), math.inf
+
+    def read(self):
+        """The newest state, or None."""
+        if not self.last.exists():
+            return None
+        try:
+            state = torch.load(self.last, map_location="cpu", weights_only=True)
+            self.loss = state["best"]
+            return state
+        except Exception as error:  # whatever a damaged file may raise
+            print(f"  note: {self.last} cannot be read ({str(error).splitlines()[0]}); this training starts anew")
+            return None
+
+    def write(self, path, state):
+        with whole(path) as aside:
+            torch.save(state, aside)
+            with zipfile.ZipFile(aside) as written:
+                if written.testzip():  # its checksums
+                    raise OSError(f"{path} reads back differently from what was written; is the disk sound?")
+
+    def __call__(self, t, state):
+        """After each step: save if it is time, stop if that was asked for."""
+        asked, due = signals.asked or 0, time.monotonic() - self.clock >= self.every
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several:  # all at the same step, which takes a message: every tenth
+            if t % 10 < 9:
+                return
+            said = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(said, (asked, due))
+            asked, due = max(a for a, _ in said), any(d for _, d in said)
+        signals.asked = None
+        if asked or due:
+            now = {**state(), "best": self.loss}  # of which every process has a share
+            if not several or torch.distributed.get_rank() == 0:
+                self.write(self.last, now)
+            self.clock = time.monotonic()
+        if asked:
+            raise Interrupted(asked)
+
+    def offer(self, loss, weights, finished):
+        """Keep weights() if no hard loss was lower; the end's own weights are kept elsewhere."""
+        if not loss < self.loss:
+            return
+        self.loss = loss
+        if finished:
+            self.best.unlink(missing_ok=True)
+        else:
+            self.write(self.best, weights())
+
+
+def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
+    """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents.
+    It goes on from its saved state, if there is one."""
+    config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
+    snapshots, saved = Snapshots(qat, log_every) if qat else None, Saved(study, name, seed)
     plain = getattr(model, "_orig_mod", model)  # under torch.compile
+    state = saved.read()
+    if state:
+        print(f"  {name} goes on from step {state['step']} of {steps}", flush=True)
+        for record in state["log"]:
+            reporter.write(record)
+        if snapshots:
+            snapshots.take(state["snapshots"])
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        model = in_parallel(model, qat)
 
-    def trained():
+    def trained(t):
         """Copies of what is trained: the model's tensors, with the latents in the place of the effective weights."""
         latents = {name + ".weight": w for name, w in qat.latents.items()} if qat else {}
         copies = {}  # by address, so that a tied head is copied once
-        for t in (tensors := {**plain.state_dict(), **latents}).values():
-            if t.data_ptr() not in copies:
-                copies[t.data_ptr()] = t.detach().to("cpu", copy=True)
-        return {name: copies[t.data_ptr()] for name, t in tensors.items()}
+        for x in (tensors := {**plain.state_dict(), **latents}).values():
+            if x.data_ptr() not in copies:
+                copies[x.data_ptr()] = x.detach().to("cpu", copy=True)
+        tensors = {name: copies[x.data_ptr()] for name, x in tensors.items()}
+        return {"step": t, "config": dataclasses.asdict(plain.config_now()), "model": tensors}
 
-    good, newest = {"step": 0, "model": trained()}, None  # weights whose loss was finite; those of a later log line
+    good, newest = trained(state["step"] if state else 0), None  # weights whose loss was finite; of a later log line
+    norms = [record["grad_norm"] for record in state["log"]] if state else []
 
     def on_step(t, record):
         nonlocal good, newest
-        good = newest or good  # this step's loss was finite, and came of the weights kept after an earlier one
-        newest = {"step": t + 1, "model": trained()} if record is not None and t % (5 * log_every) == 0 else None
         if record is not None:
-            reporter.line(record, seed, name, steps)
+            good = newest or good  # this step's loss was finite, and came of the weights kept at an earlier one
+            newest = trained(t + 1) if t % (5 * log_every) == 0 else None
+            reporter.line(record, steps)
+            usual = float(np.median(norms)) if len(norms) >= 5 else math.inf
+            if record["grad_norm_max"] > 100 * usual:
+                warn(f"{name}: a gradient norm of {record['grad_norm_max']:.3g} by step {t}, where {usual:.3g} is "
+                     "usual: a spike in the data, or a learning rate too high")  # fmt: skip
+            norms.append(record["grad_norm"])
+            if "val_loss_hard" in record:
+                saved.offer(record["val_loss_hard"], lambda: trained(t + 1), finished=t == steps - 1)
         if snapshots:
             snapshots(t, record)
 
+    def save(t, state):
+        saved(t, lambda: {**state(), "snapshots": snapshots and snapshots.state()})
+
+    signals.training = True
     try:
         hestia.train(
-            model, tokens, steps=steps, lr=lr, qat=qat, name=name,
+            model, study.train_text, steps=steps, lr=lr, qat=qat, name=name,
             seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
             weight_decay=config.weight_decay, clip=config.clip, clip_at=config.clip_at, log_every=log_every,
-            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn,
+            val=val, eval_every=-(-steps // 5), on_step=on_step, loss_fn=loss_fn, save=save, state=state,
+            shard_optimizer=config.shard,
         )  # fmt: skip
     except hestia.Diverged as error:
-        path = Path(reporter.file.name).parent / f"last-good-{re.sub('[:=, ]+', '-', name)}-seed{seed}.pt"
+        path = study.folder / f"last-good-{file_name(name, seed)}.pt"
         with whole(path) as aside:
-            torch.save({"config": dataclasses.asdict(plain.config_now()), **good}, aside)
+            torch.save(good, aside)
+        saved.last.unlink(missing_ok=True)  # it would only diverge again
         raise hestia.Diverged(f"{error}; the weights of step {good['step']} are in {path}") from None
+    finally:
+        signals.training = False
+        reporter.file.close()
+    if qat:
+        check_hardness(study, name, qat)
     return snapshots
+
+
+class Trouble(UserWarning):
+    """A training that may have gone wrong; an error with --strict."""
+
+
+def warn(message):
+    warnings.warn(message, Trouble, stacklevel=2)
+
+
+@torch.no_grad()
+def check_hardness(study, name, qat):
+    """At the end of a training: do the hard weights do what the soft ones did?"""
+    if qat.quantizer.harden is None or qat.biases:
+        return
+    qat.relax(qat.total_steps - 1)
+    soft = {tensor: w.detach().clone() for tensor, w in qat.weights.items()}
+    hard, _ = qat._hard_weights()
+    away = {tensor: float((soft[tensor].float() - w).norm() / w.norm().clamp_min(1e-30)) for tensor, w in hard.items()}
+    far = max(away, key=away.get)
+    if qat.quantizer.soft and away[far] > 0.1:
+        warn(f"{name}: tau has not reached hard at the end: the last soft weights of {far} are {100 * away[far]:.0f} % "
+             "away from the ternary ones; train for more steps, or with a smaller rho")  # fmt: skip
+    text = study.samples["val"][: 4 * study.config.block_size]
+    loss = lambda: hestia.evaluate(qat.model, text, study.config.block_size)
+    before, costs = loss(), {}
+    with qat.hard():
+        gap = loss() - before
+    if gap > 0.05:  # which tensor is it? harden one at a time
+        for tensor, weight in qat.weights.items():
+            weight.data = hard[tensor].to(weight.dtype)
+            costs[tensor] = loss() - before
+            weight.data = soft[tensor]
+        worst = max(costs, key=costs.get)
+        warn(f"{name}: the hard weights lose {gap:.3f} nats against the last soft ones, {worst} alone "
+             f"{costs[worst]:.3f}: it hardened too early, or not at all")  # fmt: skip
 
 
 def sensitivities(config, model, tokens, seed, folder):
     """What --sensitivity asks for, at the full-precision weights and on calibration text of the training split.
 
-    Returns {name: TraceEstimate, or float} and the seconds it took, and leaves both in folder/sensitivities.json. If
-    this run, or one in a folder beside it, has found it before for the same weights, text and settings, it is taken
-    from there.
+    Returns an entry of sensitivities.json, {"settings", "seconds", "tensors"}, and its key. If this run, or one in a
+    folder beside it, has found it before for the same weights, text and settings, it is taken from there.
     """
     length = min(config.block_size, 512) if config.llama else config.block_size
     sequences = max(config.calibration, -(-512 // length))
@@ -610,12 +812,13 @@ def sensitivities(config, model, tokens, seed, folder):
         found = measure_sensitivities(config, model, batches, params, seed)
         found = {name: h._asdict() if isinstance(h, tuple) else {"value": h} for name, h in found.items()}
         entry = {"settings": settings, "seconds": time.perf_counter() - clock, "tensors": found}
-    save_json(folder / "sensitivities.json", {**read_sensitivities(folder), key: entry})
-    return {name: as_estimate(h) for name, h in entry["tensors"].items()}, entry["seconds"]
+    return key, entry
 
 
 def as_estimate(h):
-    return hestia.TraceEstimate(**h) if len(h) > 1 else float(h["value"])
+    """An entry of sensitivities.json, without its score, as hestia.py gave it."""
+    value = {k: v for k, v in h.items() if k != "score"}
+    return hestia.TraceEstimate(**value) if len(value) > 1 else float(h["value"])
 
 
 def read_sensitivities(folder):
@@ -635,7 +838,7 @@ def measure_sensitivities(config, model, batches, params, seed):
     def progress(done, total):
         nonlocal shown
         clock = time.perf_counter()
-        if done == total or clock - shown > 0.5:
+        if done == total or (config.jobs == 1 and clock - shown > 0.5):
             left, shown = (clock - began) / done * (total - done), clock
             print(f"\r  {done}/{total} products, {left:.0f} s left ", end="" if done < total else "\n", flush=True)
 
@@ -674,185 +877,325 @@ def restore(model, weights):
 
 
 class Study:
-    """What of a run is finished, in folder/state.json and folder/snapshots.npz: --resume goes on from there."""
+    """A run's folder, with its text and its model. Everything that is finished has a file of its own in folder/runs/:
+    --resume goes on from there, and several processes can share the work."""
 
-    def __init__(self, folder):
-        self.folder, self.path = folder, folder / "state.json"
-        self.tuning, self.seeds, self.snapshots = {}, {}, {"bins": BINS}
-        if self.path.exists():
-            try:
-                state = json.loads(self.path.read_text())
-                self.tuning = {method: dict(losses) for method, losses in state["tuning"].items()}
-                self.seeds = {seed: {"rows": dict(entry["rows"]), "sensitivities": entry["sensitivities"]}
-                              for seed, entry in state["seeds"].items()}  # fmt: skip
-                with np.load(folder / "snapshots.npz") as saved:
-                    self.snapshots = dict(saved)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-                raise InputError(f"--resume: state.json or snapshots.npz in {folder} cannot be read ({error}); start "
-                                 "anew with another --out") from None  # fmt: skip
+    def __init__(self, config):
+        self.config, self.pool = config, None
+        self.tokenizer = load_tokenizer(config) if config.llama else None
+        self.start = self.model = None
+        if config.llama:
+            self.model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the first weights stay
+            self.model.checkpointing = config.checkpointing
+            self.start = {name: t.detach() for name, t in self.model.state_dict().items()}
 
-    def save(self):
+    def read(self):
+        """The text. The model, and the excerpts on which losses are measured, go where they will be used."""
+        config = self.config
+        self.train_text, self.val_text, test, self.facts = load_text(config, self.tokenizer)
+        parts = {"train": self.train_text, "val": self.val_text}
+        if config.lrs:  # the end of the text is kept for choosing rates
+            self.train_text, parts["tuning"] = self.train_text.tensor_split([round(0.975 * len(self.train_text))])
+            parts["train"] = self.train_text
+        self.model = (self.model or hestia.Llama(model_config(config))).to(config.device)
+        self.samples = {k: excerpt(text, config).to(config.device) for k, text in parts.items()}
+        if config.test_data:
+            self.samples["test"] = test.to(config.device)
+        trained = config.seeds * ((0 if config.llama else config.pretrain_steps) + len(config.methods) * config.steps)
+        if len(config.lrs) > 1:
+            tried = {m.partition(":")[0] for m in config.methods}
+            trained += config.pretrain_steps + len(config.lrs) * len(tried) * config.steps
+        self.steps_ahead = trained if config.jobs == 1 else 0  # until the estimate has been said
+
+    def open(self, folder):
+        self.folder, self.runs = folder, folder / "runs"
+        self.runs.mkdir(exist_ok=True)
+
+    def losses(self, tuning=False):
+        """Nats per token of the model as it is: {split: loss}."""
+        splits = [k for k in self.samples if (k == "tuning") == tuning]
+        return {k: hestia.evaluate(self.model, self.samples[k], self.config.block_size) for k in splits}
+
+    def known(self, name, seed):
+        """What is kept of a finished run; None if it is not finished."""
+        path = self.runs / f"{file_name(name, seed)}.json"
+        if not path.exists():
+            return None
+        try:
+            entry = json.loads(path.read_text())
+            if not isinstance(entry, dict) or entry.pop("sha256", None) != fingerprint(entry):
+                raise ValueError("it is not what a run left there")
+            return entry
+        except (OSError, ValueError) as error:
+            raise InputError(f"--resume: {path} cannot be read ({error}); remove it to run that again") from None
+
+    def keep(self, name, seed, entry, arrays=None):
+        """A run is finished: what it measured along the way, then its row, whose file says that all is there."""
+        if arrays:
+            with whole(self.runs / f"{file_name(name, seed)}.npz") as aside, open(aside, "wb") as file:
+                np.savez_compressed(file, **arrays)
+        save_json(self.runs / f"{file_name(name, seed)}.json", {**entry, "sha256": fingerprint(entry)})
+        for done in (name, *(["pretrain"] if name == "start" else [])):
+            (self.runs / f"{file_name(done, seed)}-last.pt").unlink(missing_ok=True)
+
+    def gather(self, runs):
+        """log.jsonl and snapshots.npz of the whole study, from those of its (name, seed) runs, in that order."""
+        logs = [self.runs / f"{file_name(*run)}.jsonl" for run in runs]
+        with whole(self.folder / "log.jsonl") as aside:
+            aside.write_text("".join(path.read_text() for path in logs if path.exists()))
+        arrays = {"bins": BINS}
+        for path in (log.with_suffix(".npz") for log in logs):
+            if path.exists():
+                with np.load(path) as saved:
+                    arrays |= dict(saved)
         with whole(self.folder / "snapshots.npz") as aside, open(aside, "wb") as file:
-            np.savez_compressed(file, **self.snapshots)
-        save_json(self.path, {"tuning": self.tuning, "seeds": self.seeds})
-
-    def weights(self, seed):
-        """The full-precision weights of a seed, if they were finished."""
-        path = self.folder / f"pretrained-seed{seed}.pt"
-        return load_checkpoint(path).state_dict() if path.exists() else None
+            np.savez_compressed(file, **arrays)
 
 
-def drop_unfinished(folder, study):
-    """Remove from log.jsonl the records of runs that will be run again."""
+def file_name(name, seed):
+    """Of a run, in folder/runs/ and for its checkpoint.
 
-    def finished(r):
-        if r["method"] == "pretrain":
-            return (folder / f"pretrained-seed{r['seed']}.pt").exists()
-        method, _, lr = r["method"].partition(" at ")
-        if lr:
-            return any(float(known) == float(lr) for known in study.tuning.get(method, {}))
-        return method in study.seeds.get(str(r["seed"]), {}).get("rows", {})
-
-    path = folder / "log.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and finished(json.loads(line))]
-    with whole(path) as aside:
-        aside.write_text("".join(lines))
+    >>> file_name("hestia:alpha=0.6", 0)
+    'hestia-alpha-0.6-seed0'
+    """
+    return re.sub("[:=, ]+", "-", name) + f"-seed{seed}"
 
 
-def pretrained(config, seed, model, study, data, reporter, begin):
-    """The full-precision weights of a seed, in the model too: trained, or read where --resume finds them."""
+_study = None  # of this process, where several share the work
+
+
+@contextmanager
+def processes(study):
+    """The processes among which for_each shares the work, as study.pool; none with --jobs 1."""
+    if study.config.jobs == 1:
+        yield
+        return
+    context = multiprocessing.get_context("spawn")
+    about = study.config, study.folder, context.Value("i", 0)
+    with ProcessPoolExecutor(study.config.jobs, context, _begin_work, about) as study.pool:
+        try:
+            yield
+        except BaseException:
+            study.pool.shutdown(wait=False, cancel_futures=True)
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def for_each(study, function, tasks):
+    """function(study, *task) for every task; yields results in the order in which they come. An error is raised when
+    all others are done."""
+    if study.pool is None:
+        yield from (function(study, *task) for task in tasks)
+        return
+    size = -(-len(tasks) // study.config.jobs) or 1  # neighbours have the same method, which is compiled once in each
+    parts = [study.pool.submit(_work, function, tasks[k : k + size]) for k in range(0, len(tasks), size)]
+    began, done, failed = time.perf_counter(), 0, None
+    for part in as_completed(parts):
+        try:
+            results = part.result()
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, BrokenExecutor):
+                raise
+            print(f"  {error}", flush=True)
+            failed = error
+            continue
+        yield from results
+        done += len(results)
+        left = (time.perf_counter() - began) / done * (len(tasks) - done)
+        print(f"  ({done} of {len(tasks)} finished, about {left / 60:.0f} min left)", flush=True)
+    if failed:
+        raise failed
+
+
+def _begin_work(config, folder, counter):
+    """In a process of its own: what `run` has set up in the first one."""
+    global _study
+    signals.worker = True
+    signals.__enter__()
+    with counter.get_lock():
+        number, counter.value = counter.value, counter.value + 1
+    if config.device == "cuda":
+        config.device = f"cuda:{number % torch.cuda.device_count()}"
+        torch.cuda.set_device(config.device)
+    torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))
+    settle(config)
+    _study = Study(config)
+    _study.read()
+    _study.open(folder)
+
+
+def _work(function, tasks):
+    try:
+        return [function(_study, *task) for task in tasks]
+    except Interrupted as error:  # its state is saved; more work may be queued for this process
+        os._exit(128 + error.args[0])
+
+
+def scores_needed(config):
+    """The numbers of samples for which the methods need sensitivities: --samples, and those of variants."""
+    guided = [m for m in config.methods if plots.quantizer(m).soft and "alpha" not in plots.quantizer(m).settings]
+    return list(dict.fromkeys(variant(config, m)[0].samples for m in guided))
+
+
+def prepare(study, seed):
+    """What all methods of a seed share: full-precision weights in a file, their losses, and the sensitivities, in
+    runs/start-seedN.json."""
+    config, model = study.config, study.model
+    begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
     torch.manual_seed(seed)
-    known = study.weights(seed)
-    restore(model, known or hestia.Llama(model.config).state_dict())
-    if known is None:
+    clock = time.perf_counter()
+    if study.start:
+        begin(f"full precision: as it is in {config.llama}")
+        restore(model, study.start)
+    elif (path := study.folder / f"pretrained-seed{seed}.pt").exists():
+        restore(model, load_checkpoint(path).state_dict())
+    else:
+        restore(model, hestia.Llama(model.config).state_dict())
         size = sum(p.numel() for p in model.parameters())
         begin(f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
         fast = torch.compile(model) if config.compile else model
-        train(config, fast, data, seed, reporter, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
-        save_checkpoint(study.folder / f"pretrained-seed{seed}.pt", model)
-    return {name: t.detach().clone() for name, t in model.state_dict().items()}
+        train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
+        save_checkpoint(path, model)
+    entry = {"before": {"seconds": time.perf_counter() - clock, **study.losses()}}
+    begin("full precision: " + ", ".join(f"{k} {entry['before'][k]:.4f}" for k in ("train", "val")))
+    with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
+        entry["untrained"] = study.losses()
+    entry["sensitivities"] = {
+        str(samples): guidance(dataclasses.replace(config, samples=samples), seed, study, begin)
+        for samples in scores_needed(config)
+    }
+    study.keep("start", seed, entry)
 
 
-def guidance(config, seed, model, data, folder, begin):
-    """({name: score} or None, what results.json says about them), at the weights that the model has."""
-    if not any(plots.quantizer(m).soft and "alpha" not in plots.quantizer(m).settings for m in config.methods):
-        return None, {"seconds": 0.0, "tensors": {}}
+def guidance(config, seed, study, begin):
+    """The sensitivities at the weights that the model has, with the scores, as sensitivities.json has them."""
     what = {"hutchpp": f"Hessian traces by Hutch++, {2 * config.rank + config.samples} products per tensor",
             "joint": f"Hessian traces, {2 * config.rank + config.samples} products for all tensors together",
             "fisher": f"traces of the Fisher matrix, {config.samples} backward passes",
             "gradnorm": "norms of the gradient", "error": "relative errors of rounding to ternary"}  # fmt: skip
     begin(f"sensitivities: {what[config.sensitivity]}")
-    found, seconds = sensitivities(config, model, data, seed, folder)
+    key, entry = sensitivities(config, study.model, study.train_text, seed, study.folder)
+    found = {name: as_estimate(h) for name, h in entry["tensors"].items()}
     describe_sensitivities(found)
     scores = hestia.sensitivity_scores(found, config.kappa)
-    tensors = {name: {**(h._asdict() if isinstance(h, tuple) else {"value": h}), "score": scores[name]}
-               for name, h in found.items()}  # fmt: skip
-    return scores, {"seconds": seconds, "tensors": tensors}
+    if config.kappa and max(scores.values()) - min(scores.values()) < 0.02:
+        warn("the sensitivity scores are all alike, so they guide nothing: the traces were not told apart; more "
+             "--calibration sequences or --samples")  # fmt: skip
+    tensors = {name: {**h, "score": scores[name]} for name, h in entry["tensors"].items()}
+    return {"key": key, **entry, "tensors": tensors}
 
 
-def run_method(config, seed, method, lr, model, weights, scores, data, val, losses, reporter, name=None):
-    """One method from these weights: trained, hardened, evaluated. Returns its row, its Hestia and its Snapshots."""
-    fixed, loss_fn = plots.quantizer(method).settings, None
-    plain, (config, how) = config, variant(config, method)
-    if scores and config.samples != plain.samples:
-        restore(model, weights)
-        scores, _ = guidance(config, seed, model, data, Path(reporter.file.name).parent, print)
+def starting_point(study, seed):
+    """The weights that every method of a seed starts from, and what runs/start-seedN.json says."""
+    weights = study.start
+    if not weights:
+        weights = load_checkpoint(study.folder / f"pretrained-seed{seed}.pt").state_dict()
+    return weights, study.known("start", seed)
+
+
+def run_method(study, seed, method, lr, name=None):
+    """One method from a seed's weights: trained, hardened, evaluated, written and kept. name: of a choice of rate."""
+    row, plain, model, fixed = {"lr": lr}, study.config, study.model, plots.quantizer(method).settings
+    weights, start = starting_point(study, seed)
+    config, how = variant(plain, method)
+    if plain.jobs == 1:
+        which = "choosing a rate" if name else f"{plain.methods.index(method) + 1}/{len(plain.methods)}"
+        rate = f" at {lr:g}" if name else ""
+        print(f"[seed {seed}] {which}: {plots.quantizer(method).label}, {config.steps} steps{rate}", flush=True)
+    tensors = start["sensitivities"].get(str(config.samples), {"tensors": {}})["tensors"]
+    scores = {tensor: h["score"] for tensor, h in tensors.items()} or None
     scores = changed_scores(scores, how, config.alpha, seed)
     torch.manual_seed(seed)
-    fast = torch.compile(model) if config.compile else model
+    fast, loss_fn, cuda = torch.compile(model) if config.compile else model, None, config.device.startswith("cuda")
+    restore(model, weights)
     if config.distill or "distill" in fixed:
-        restore(model, weights)
         loss_fn = hestia.distillation(copy.deepcopy(model).requires_grad_(False))
-    restore(model, hestia.Llama(model.config).state_dict() if "scratch" in fixed else weights)
+    if "scratch" in fixed:
+        restore(model, hestia.Llama(model.config).state_dict())
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(config.device)
     clock = time.perf_counter()
     qat = hestia.Hestia(
         model, config.steps, method=method.partition(":")[0], group_size=config.group_size or None, rho=config.rho,
         alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
-        dtype=torch.bfloat16 if config.device.startswith("cuda") else None, compile=config.compile,
+        dtype=torch.bfloat16 if cuda else None, compile=config.compile,
     )  # fmt: skip
-    watched = train(config, fast, data, seed, reporter, steps=config.steps, lr=lr, name=name or method, qat=qat,
-                    val=val, loss_fn=loss_fn)  # fmt: skip
+    val = None if name else study.samples["val"][: 16 * config.block_size]
+    try:
+        watched = train(study, fast, seed, steps=config.steps, lr=lr, name=name or method, qat=qat, val=val,
+                        loss_fn=loss_fn)  # fmt: skip
+    except hestia.Diverged as error:
+        if not name:
+            raise
+        print(f"  {error}", flush=True)
+        return study.keep(name, seed, {**row, "tuning": None})
     qat.harden()
-    row = {"seconds": time.perf_counter() - clock, "lr": lr, "tau_init": qat.tau_init, **losses(model)}
+    row |= {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init}
+    row |= study.losses(tuning=bool(name))
+    if cuda:
+        row["gpu_GiB"] = torch.cuda.max_memory_allocated(config.device) / 2**30
     if method != "full":
         row |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat), "bits": bits_per_weight(qat)}
-    return row, qat, watched
+    arrays = watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
+    names = [] if method == "full" else list(qat.weights)
+    del qat, watched  # the memory of the method, before the model is read once more
+    for path in () if name else export(config, model, study.folder / file_name(method, seed), names):
+        again = hestia.evaluate(reload(config, path), study.samples["val"], config.block_size)
+        if again != row["val"]:
+            raise RuntimeError(f"{path} reads back to a loss of {again}, not {row['val']}; it is wrong")
+    study.keep(name or method, seed, row, None if name else arrays)
+    if plain.jobs > 1:
+        found = ", ".join(f"{k} {row[k]:.4f}" for k in ("tuning", "train", "val", "test") if k in row)
+        print(f"[seed {seed}] {name or method}: {found} after {row['seconds']:.0f} s", flush=True)
 
 
-def tune(config, model, start, data, study, reporter):
+def rate_name(method, lr):
+    return f"{method} at {lr:g}"
+
+
+def chosen_rates(study, tuning):
     """{method: the best of --lrs}, by the loss of the hard weights on the end of the training text, which no run here
-    trains on, and with a seed that is not reported."""
+    trains on, and with a seed that is not reported. tuning: {method: {rate: that loss, or None if it diverged}}."""
+    config = study.config
     if len(config.lrs) < 2:
         return dict.fromkeys(config.methods, (config.lrs or (config.lr,))[0])
-    seed, cut = config.seed + 1000, round(0.975 * len(data))
-    text, held_out = data[:cut], excerpt(data[cut:], config)
-    begin = lambda what: print(f"[choosing learning rates, seed {seed}] {what}", flush=True)
-    losses = lambda model: {"tuning": hestia.evaluate(model, held_out.to(config.device), config.block_size)}
-    left = [(m, lr) for m in config.methods for lr in config.lrs if str(lr) not in study.tuning.get(m, {})]
-    if left:
-        weights = start or pretrained(config, seed, model, study, text, reporter, begin)
-        restore(model, weights)
-        scores, _ = guidance(config, seed, model, text, study.folder, begin)
-    for n, (method, lr) in enumerate(left):
-        begin(f"{n + 1}/{len(left)}: {plots.quantizer(method).label} at {lr:g}")
-        try:
-            row, *_ = run_method(config, seed, method, lr, model, weights, scores, text, None, losses, reporter,
-                                 name=f"{method} at {lr:g}")  # fmt: skip
-        except hestia.Diverged as error:
-            print(f"  {error}")
-            row = {"tuning": math.inf}
-        study.tuning.setdefault(method, {})[str(lr)] = row["tuning"]
-        study.save()
-    best = {m: min(config.lrs, key=lambda lr, m=m: study.tuning[m][str(lr)]) for m in config.methods}
-    hopeless = [m for m, lr in best.items() if study.tuning[m][str(lr)] == math.inf]
+    loss = lambda m, lr: math.inf if tuning[m][str(lr)] is None else tuning[m][str(lr)]
+    best = {m: min(config.lrs, key=lambda lr, m=m: loss(m, lr)) for m in tuning}
+    hopeless = [m for m, lr in best.items() if loss(m, lr) == math.inf]
     if hopeless:
         raise InputError(f"--lrs: {', '.join(hopeless)} diverged at every rate; expected smaller ones")
     edge = lambda lr: " (at the edge of --lrs)" if lr in (min(config.lrs), max(config.lrs)) else ""
-    print("learning rates: " + ", ".join(f"{m} {lr:g}{edge(lr)}" for m, lr in best.items()))
-    return best
+    print("learning rates: " + ", ".join(f"{m} {lr:g}{edge(lr)}" for m, lr in best.items()), flush=True)
+    return {m: best[m.partition(":")[0]] for m in config.methods}
 
 
-def run_seed(config, seed, model, start, data, study, rates, reporter):
-    """All runs of one seed that are not finished; every row goes to `study` as soon as it is there."""
-    train_text, val_text = data
-    samples = {"train": excerpt(train_text, config), "val": excerpt(val_text, config)}
-    if config.llama:
-        samples = {k: text.to(config.device) for k, text in samples.items()}
-    losses = lambda model: {k: hestia.evaluate(model, text, config.block_size) for k, text in samples.items()}
-    kept = study.seeds.setdefault(str(seed), {"rows": {}, "sensitivities": None})
-    rows = kept["rows"]
-    if all(m in rows for m in config.methods):
-        return
-    begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
-    clock = time.perf_counter()
-    if start:
-        begin(f"full precision: as it is in {config.llama}")
-        restore(model, start)
-    weights = start or pretrained(config, seed, model, study, train_text, reporter, begin)
-    if "untrained" not in rows:
-        rows["before"] = {"seconds": time.perf_counter() - clock, **losses(model)}
-        with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
-            rows["untrained"] = losses(model)
-        study.save()
-    scores, kept["sensitivities"] = guidance(config, seed, model, train_text, study.folder, begin)
-
-    for n, method in enumerate(config.methods):
-        if method in rows:
-            continue
-        begin(f"{n + 1}/{len(config.methods)}: {plots.quantizer(method).label}, {config.steps} steps")
-        row, qat, watched = run_method(config, seed, method, rates[method], model, weights, scores, train_text,
-                                       samples["val"][: 16 * config.block_size], losses, reporter)  # fmt: skip
-        names = [] if method == "full" else list(qat.weights)
-        study.snapshots |= watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
-        del qat, watched  # the memory of the method, before the model is read once more
-        file = re.sub("[:=,]+", "-", method) + f"-seed{seed}"
-        for path in export(variant(config, method)[0], model, study.folder / file, names):
-            again = hestia.evaluate(reload(config, path), samples["val"], config.block_size)
-            if again != row["val"]:
-                raise RuntimeError(f"{path} reads back to a loss of {again}, not {row['val']}; it is wrong")
-        rows[method] = row
-        study.save()
+def run_all(study):
+    """Everything of a study that is not finished. Returns {method: {rate: loss}} of the choice of rates."""
+    config = study.config
+    seeds, tuning_seed = range(config.seed, config.seed + config.seeds), config.seed + 1000
+    plain = dict.fromkeys(m.partition(":")[0] for m in config.methods)  # a variant has the rate of what it varies
+    tried = [(tuning_seed, m, lr, rate_name(m, lr)) for m in plain for lr in config.lrs if len(config.lrs) > 1]
+    started = [*seeds, *([tuning_seed] if tried else [])]
+    order = [("pretrain", seed) for seed in started] + [(name, seed) for seed, *_, name in tried]
+    order += [(method, seed) for seed in seeds for method in config.methods]
+    try:
+        with processes(study):
+            list(for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]))
+            found = [s for seed in started for s in study.known("start", seed)["sensitivities"].values()]
+            if found:
+                save_json(study.folder / "sensitivities.json", {s.pop("key"): s for s in found})
+            list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
+            tuning = {}
+            for _, method, lr, name in tried:
+                tuning.setdefault(method, {})[str(lr)] = study.known(name, tuning_seed)["tuning"]
+            rates = chosen_rates(study, tuning)
+            # one process goes seed by seed; several take a method's seeds together, since it must be compiled in each
+            tasks = [(seed, m, rates[m]) for seed in seeds for m in config.methods if not study.known(m, seed)]
+            list(for_each(study, run_method, tasks if config.jobs == 1 else sorted(tasks, key=lambda task: task[1])))
+    finally:
+        study.gather(order)
+    return tuning
 
 
 def export(config, model, path, quantized):
@@ -885,14 +1228,14 @@ def expected_memory(config, model):
     rest = sum(p.numel() for p in model.parameters()) - n
     narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
     # what a method's graph keeps of each weight from relax to pull_back, in bytes, where it was measured
-    saved = {"absmean": 0, "full": 0, "hestia": 4, "hestia-no-hessian": 4, "fairy2i-hestia": 52}
-    graph = max(saved.get(method.partition(":")[0], 20) for method in config.methods)
+    graph = max(0 if plots.quantizer(m).relax in hestia.SLOPES else 52 if m == "fairy2i-hestia" else 20
+                for m in config.methods)  # fmt: skip
     weights = n * (4 + 8 + 4 + 4 + 4 + graph) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last
     tokens = config.batch_size // config.micro_batches * config.block_size
     layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
     kept = tokens * narrow * c.hidden_size * c.num_hidden_layers + layer if config.checkpointing else (
         layer * c.num_hidden_layers)  # fmt: skip
-    logits = 3 * 4 * min(1 << 24, tokens * c.vocab_size)
+    logits = 2 * 2 * tokens * c.vocab_size if cuda and config.compile else 3 * 4 * min(1 << 24, tokens * c.vocab_size)
     gib = (weights + kept + logits) / 2**30
     have = torch.cuda.get_device_properties(config.device).total_memory / 2**30 if cuda else math.inf
     if gib > have:
@@ -957,41 +1300,48 @@ def summarize(config, per_seed):
     return table
 
 
-def print_table(config, table, file=None):
-    labels = {"before": "full precision, before", "untrained": "ternarized, not trained"}
-    several = config.seeds > 1
-
-    def cell(row, column, digits, scale=1.0):
-        mean, spread = table[row].get(column, (None, None))
-        if mean is None:
-            return "-"
-        spread = f" ± {scale * spread:.{digits}f}" if several and spread is not None else ""
-        return f"{scale * mean:.{digits}f}" + spread
-
-    head = ["", "train", "validation", "gap recovered, train", "validation", "changed in last tenth", "bits per weight",
-            "seconds"]  # fmt: skip
-    if config.llama:
-        head.append("perplexity")
-    lines = [head]
-    for row in table:
-        label = labels.get(row) or plots.quantizer(row).label + (", continued" if row == "full" else "")
-        gaps = ["-" if row in labels else cell(row, f"gap_{split}", 0, 100) for split in ("train", "val")]
-        gaps = [g if g == "-" else g + " %" for g in gaps]
-        changed = cell(row, "changed_last_tenth", 2, 100)
-        lines.append([label, cell(row, "train", 4), cell(row, "val", 4), *gaps,
-                      changed if changed == "-" else changed + " %", cell(row, "bits", 2).split(" ")[0],
-                      cell(row, "seconds", 0)])  # fmt: skip
-        if config.llama:
-            lines[-1].append(f"{math.exp(min(99.0, table[row]['val'][0])):.2f}")
+def print_columns(head, rows):
+    """A table whose lines are Markdown's too. Columns that say nothing are left out."""
+    kept = [i for i, cells in enumerate(zip(*rows)) if i == 0 or any(cells)]
+    lines = [head, *rows] = [[line[i] for i in kept] for line in (head, *rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     for line in lines:
-        print(" | ".join(text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(line, widths))),
-              file=file)  # fmt: skip
+        cells = (t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(line, widths)))
+        print("| " + " | ".join(cells) + " |")
         if line is head:
-            print("-|-".join("-" * w for w in widths), file=file)
+            print("|" + "|".join("-" * (w + 1) + ("-" if i == 0 else ":") for i, w in enumerate(widths)) + "|")
+
+
+def print_table(config, table):
+    """Hard weights' losses of every row of {row: {column: [mean, spread]}}, and what each method took."""
+    labels = {"before": "full precision, before", "untrained": "ternarized, not trained"}
+    splits = [split for split in ("train", "val", "test") if split in table["before"]]
+    name = {"train": "train", "val": "validation", "test": "test"}
+
+    def cell(row, column, digits, scale=1.0, spread=True, unit=""):
+        mean, deviation = table[row].get(column, (None, None))
+        if mean is None:
+            return ""
+        several = spread and config.seeds > 1 and deviation is not None
+        return f"{scale * mean:.{digits}f}" + (f" ± {scale * deviation:.{digits}f}" if several else "") + unit
+
+    head = ["", *(name[s] for s in splits), *(f"gap recovered, {name[s]}" for s in ("train", "val"))]
+    head += ["changed in last tenth", "bits per weight", *["learning rate"] * (len(config.lrs) > 1), "seconds"]
+    head += [f"perplexity, {name[s]}" for s in splits[1:]] if config.llama else []
+    rows = []
     for row in table:
-        if row not in labels and plots.quantizer(row).extra:
-            print(f"{plots.quantizer(row).label} also needs at inference: {plots.quantizer(row).extra}", file=file)
+        label = labels.get(row) or plots.quantizer(row).label + (", continued" if row == "full" else "")
+        line = [label, *(cell(row, split, 4) for split in splits)]
+        line += ["" if row in labels else cell(row, f"gap_{s}", 0, 100, unit=" %") for s in ("train", "val")]
+        line += [cell(row, "changed_last_tenth", 2, 100, unit=" %"), cell(row, "bits", 2, spread=False)]
+        line += [f"{table[row]['lr'][0]:g}" if "lr" in table[row] else ""] * (len(config.lrs) > 1)
+        line += [cell(row, "seconds", 0)]
+        line += [f"{math.exp(min(99.0, table[row][s][0])):.2f}" for s in splits[1:]] if config.llama else []
+        rows.append(line)
+    print_columns(head, rows)
+    extra = {m: plots.quantizer(m) for m in table if m not in labels and plots.quantizer(m).extra}
+    if extra:
+        print("\nInference also needs: " + "; ".join(f"{q.extra} ({q.label})" for q in extra.values()) + ".")
 
 
 T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided, for 1 to 10 degrees
@@ -1021,19 +1371,36 @@ def paired(per_seed, method, other, split):
 
 
 def print_paired(config, per_seed):
-    """Each method minus AbsMean STE and minus HESTIA, and whether zero lies within the 95 % interval."""
-    for other in ("absmean", "hestia"):
-        if other not in per_seed[0] or len(per_seed) < 2:
-            continue
-        print(f"minus {plots.quantizer(other).label}, seed by seed, with 95 % intervals:")
-        for method in config.methods:
-            if method in (other, "full"):
-                continue
-            text = []
-            for split, name in (("train", "train"), ("val", "validation")):
+    """Each method minus AbsMean STE and minus HESTIA, seed by seed; in brackets where the interval holds zero."""
+    others = [other for other in ("absmean", "hestia") if other in per_seed[0]]
+    methods = [m for m in config.methods if m != "full"]
+    if len(per_seed) < 2 or not others or len(methods) < 2:
+        return
+    head, rows = ["difference, seed by seed, ± 95 %"], []
+    head += [f"{s} − {plots.quantizer(other).label}" for other in others for s in ("train", "validation")]
+    for method in methods:
+        line = [plots.quantizer(method).label]
+        for other in others:
+            for split in ("train", "val"):
                 mean, half, _ = paired(per_seed, method, other, split)
-                text.append(f"{name} {mean:+.4f} ± {half:.4f}" + ("" if abs(mean) > half else " (no difference seen)"))
-            print(f"  {plots.quantizer(method).label}: {', '.join(text)}")
+                text = f"{mean:+.4f} ± {half:.4f}"
+                line.append("" if method == other else text if abs(mean) > half else f"({text})")
+        rows.append(line)
+    print_columns(head, rows)
+    print("\nIn brackets where the interval holds zero: no difference was seen.")
+
+
+def show(path):
+    """The tables of a results.json, as the run printed them."""
+    try:
+        results = json.loads(Path(path).read_text())
+        fields = {f.name for f in dataclasses.fields(Config)}
+        config = Config(**{k: v for k, v in results["config"].items() if k in fields})
+        print_table(config, summarize(config, results["per_seed"]))
+        print()
+        print_paired(config, results["per_seed"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"--show {path}: not the results.json of a finished run ({error})") from None
 
 
 def write_something(config, model, seed, tokenizer=None, prompt=None):
@@ -1046,67 +1413,75 @@ def write_something(config, model, seed, tokenizer=None, prompt=None):
     return "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def run(config):
-    """The whole experiment. Returns the run's folder."""
-    check(config)
+def settle(config):
+    """What holds for a whole process."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
+    torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
+    warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
+    warnings.filterwarnings("error" if config.strict else "always", category=Trouble)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what is not in bf16: the Hessian products
     if config.compile:  # every method is another graph, and torch would stop compiling one piece of code after eight
         from torch._dynamo import config as dynamo  # loads much, so only here
 
         dynamo.recompile_limit, dynamo.accumulated_recompile_limit = 1000, 10000
-    model = tokenizer = start = None
+
+
+def run(config):
+    """The whole experiment. Returns the run's folder."""
+    check(config)
+    settle(config)
+    check_out(config)
+    if config.llama:  # refuse what can be refused before the weights are read
+        for name in ("data", "val_data", "test_data"):
+            if path := getattr(config, name):
+                read_text("--" + name.replace("_", "-"), path)
+    study = Study(config)
     if config.llama:
-        check_out(config)
-        tokenizer = load_tokenizer(config)
-        for name, path in (("--data", config.data), ("--val-data", config.val_data)):
-            if path:  # refuse it before the weights are read
-                read_text(name, path)
-        model = hestia.load_llama(config.llama, torch.float32)  # on the CPU, where the weights to start from stay
-        model.checkpointing, c = config.checkpointing, model.config
+        c = study.model.config
         for method in config.methods:
             widths = c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim
             check_groups(variant(config, method)[0], *widths)
-        check_tokenizer(tokenizer, model, config.llama)
-        print(expected_memory(config, model), flush=True)
-        start = {name: t.detach() for name, t in model.state_dict().items()}
-    train_text, val_text, facts = load_text(config, tokenizer)
-    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k != "resume"}, "data": facts}
+        check_tokenizer(study.tokenizer, study.model, config.llama)
+        print(expected_memory(config, study.model), flush=True)
+    study.read()
+    facts = study.facts
+    passing = ("resume", "jobs", "show", "strict", "save_minutes", "shard")  # they change nothing of the result
+    about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in passing}, "data": facts}
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
-    began, study = time.perf_counter(), Study(folder)
+    began = time.perf_counter()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     cuda = config.device.startswith("cuda")
     hardware = torch.cuda.get_device_name(config.device) if cuda else platform.processor() or "cpu"
     about |= {"versions": versions, "commit": commit(),
-              "hardware": {"device": hardware, "threads": torch.get_num_threads()}}  # fmt: skip
+              "hardware": {"device": hardware, "threads": torch.get_num_threads(), "jobs": config.jobs}}  # fmt: skip
     sessions.append({key: about[key] for key in ("versions", "commit", "hardware")})
     if sessions[0] != sessions[-1]:
         print("  note: this session's versions, commit or hardware differ from the first one's; results.json has both")
     save_json(folder / "config.json", {**about, "sessions": sessions})
-    print(f"{facts['source']}: {len(train_text):,} + {len(val_text):,} {facts['unit']}, sha256 {facts['sha256'][:12]}")
+    study.open(folder)
+    unit = facts["unit"]
+    size = f"{facts[f'train_{unit}']:,} + {facts[f'val_{unit}']:,} {unit}"
+    print(f"{facts['source']}: {size}, sha256 {facts['sha256'][:12]}")
     print(f"this run's folder: {folder}/")
     steps = config.steps + (0 if config.llama else config.pretrain_steps)
-    passes = steps * config.batch_size * config.block_size / len(train_text)
+    passes = steps * config.batch_size * config.block_size / len(study.train_text)
     print(f"{steps} steps read the text {passes:.2f} times"
           + ("; expect overfitting, and bring more text with --data" if passes > 3 else ""))  # fmt: skip
 
-    model = (model or hestia.Llama(model_config(config))).to(config.device)
-    if config.resume:
-        drop_unfinished(folder, study)
-    reporter, seeds = Reporter(folder, config), range(config.seed, config.seed + config.seeds)
-    rates = tune(config, model, start, train_text, study, reporter)
-    data = train_text[: round(0.975 * len(train_text))] if config.lrs else train_text, val_text
-    for seed in seeds:
-        run_seed(config, seed, model, start, data, study, rates, reporter)
-    reporter.file.close()
-    finished = [study.seeds[str(seed)] for seed in seeds]
-    per_seed = [{m: s["rows"][m] for m in ("before", "untrained", *config.methods)} for s in finished]
+    tuning = run_all(study)
+    seeds = range(config.seed, config.seed + config.seeds)
+    starts = {seed: study.known("start", seed) for seed in seeds}
+    first = lambda seed: {row: starts[seed][row] for row in ("before", "untrained")}
+    per_seed = [{**first(seed), **{m: study.known(m, seed) for m in config.methods}} for seed in seeds]
     table = summarize(config, per_seed)
+    nothing = {"seconds": 0.0, "tensors": {}}
+    gpu = [row["gpu_GiB"] for rows in per_seed for row in rows.values() if "gpu_GiB" in row]
     save_json(folder / "results.json", {
         **about, "sessions": sessions, "table": table, "per_seed": per_seed,
-        "sensitivities": [s["sensitivities"] for s in finished],
-        "tuning": study.tuning, "seconds_of_last_session": time.perf_counter() - began,
-        "gpu_GiB": torch.cuda.max_memory_allocated(config.device) / 2**30 if cuda else None,
+        "sensitivities": [s["sensitivities"].get(str(config.samples), nothing) for s in starts.values()],
+        "tuning": tuning, "seconds_of_last_session": time.perf_counter() - began, "gpu_GiB": max(gpu, default=None),
     })  # fmt: skip
     with whole(folder / "overview.png") as aside:
         plots.overview(folder).savefig(aside, format="png", dpi=150)
@@ -1119,15 +1494,15 @@ def run(config):
     quantized = [m for m in config.methods if m != "full"]
     if quantized:
         last = "hestia" if "hestia" in quantized else quantized[-1]
-        path = folder / (re.sub("[:=,]+", "-", last) + f"-seed{config.seed}" + ("" if config.llama else ".pt"))
-        prompt = val_text[:16] if config.llama else None
-        text = write_something(config, reload(config, path), config.seed, tokenizer, prompt)
+        path = folder / (file_name(last, config.seed) + ("" if config.llama else ".pt"))
+        prompt = study.val_text[:16] if config.llama else None
+        text = write_something(config, reload(config, path), config.seed, study.tokenizer, prompt)
         grid = [rows[last]["on_grid"] for rows in per_seed]
         if None not in grid:
             print(f"{100 * min(grid):g} % of {plots.quantizer(last).label}'s weights lie on their group's grid.")
         print(f"What {path} writes:\n\n{text}\n")
-    if config.device.startswith("cuda"):
-        print(f"At most {torch.cuda.max_memory_allocated(config.device) / 2**30:.1f} GiB of GPU memory were in use.")
+    if gpu:
+        print(f"At most {max(gpu):.1f} GiB of GPU memory were in use.")
     print(f"Everything is in {folder}/ after {(time.perf_counter() - began) / 60:.1f} minutes.")
     return folder
 
@@ -1158,24 +1533,288 @@ def commit():
         return None
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# data parallel: torchrun starts this script once per GPU; all do the same, and share every training batch
+
+
+@contextmanager
+def one_of_several(config):
+    """Under torchrun: join the other processes. All but the first are silent and write to a folder that is removed."""
+    if "RANK" not in os.environ:
+        yield
+        return
+    cuda = torch.cuda.is_available() and not config.device.startswith("cpu")
+    if cuda:
+        config.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(config.device)
+    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    screen = sys.stdout
+    with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere:
+        if torch.distributed.get_rank():
+            if config.resume and Path(config.out).is_dir():
+                shutil.copytree(config.out, Path(aside) / "run")
+            config.out, sys.stdout = str(Path(aside) / "run"), nowhere
+        torch.distributed.barrier()  # the first process changes nothing before all have copied what it has
+        try:
+            yield
+            torch.distributed.barrier()  # none leaves while another still listens to it
+        finally:
+            sys.stdout = screen
+            torch.distributed.destroy_process_group()
+
+
+def in_parallel(model, qat):
+    """The model wrapped in DDP; the first process's scores and temperature for all, as estimates differ by rounding."""
+    if qat:
+        settings = [qat.tau_init, qat.scores]
+        torch.distributed.broadcast_object_list(settings)
+        qat.tau_init, qat.scores = settings
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# section 5.5 as a command: what a step costs, every mode in processes of its own, which take turns
+
+MODES = {"full": "full precision, narrow copy once per step", "absmean": "AbsMean STE", "hestia": "HESTIA",
+         "naive": "HESTIA, softmax in every forward", "plain": "float32 weights, autocast on a GPU",
+         "passes": "relax and pull_back alone"}  # fmt: skip
+SHAPES = {"1b": {}, "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}}
+
+
+def bench_options(arguments):
+    cuda = torch.cuda.is_available()
+    parser = Parser(prog="train_tiny.py --bench", description="Section 5.5: what a training step costs.")
+    for name, default, help in (
+        ("llama", "", "1b or 3b (random weights), or a folder; default: the tiny model"),
+        ("modes", list(MODES), "of " + ", ".join(MODES)), ("micro", 8 if cuda else 32, "sequences per micro-batch"),
+        ("accumulate", [1, 4], "micro-batches per step and process"), ("group-size", 128 if cuda else 64, "per scale"),
+        ("block-size", 1024 if cuda else 128, "tokens per sequence"), ("rounds", 3, "how often the modes take turns"),
+        ("steps", 20 if cuda else 8, "steps that are timed, after five others"), ("gpus", 1, "that share every batch"),
+        ("shard", False, "with --gpus: AdamW's state in shares"), ("checkpointing", False, "of activations, by layer"),
+        ("compile", cuda, "torch.compile"), ("out", "bench.json", "results are added to those that are there"),
+        ("worker", "", argparse.SUPPRESS),
+    ):  # fmt: skip
+        several, flag = isinstance(default, list), isinstance(default, bool)
+        kind = {"type": type(default[0] if several else default), "nargs": "+" if several else None}
+        kind = {"action": argparse.BooleanOptionalAction} if flag else kind
+        parser.add_argument("--" + name, default=default, help=help, **kind)
+    return parser.parse_args(arguments)
+
+
+def bench(arguments):
+    """Runs every mode `rounds` times; --out gets what each measured, the screen a table of all that is there."""
+    args, failed = bench_options(arguments), 0
+    if args.worker:
+        return bench_worker(args)
+    if unknown := set(args.modes) - set(MODES):
+        raise InputError(f"--modes: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(MODES)}")
+    rows = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else []
+    first = 1 + max((row["round"] for row in rows), default=-1)
+    for turn in range(first, first + args.rounds):
+        for mode in args.modes:
+            many = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.gpus}"] * (args.gpus > 1)
+            command = [sys.executable, *many, __file__, *arguments, "--bench", "--worker", mode]
+            done = subprocess.run(command, capture_output=True, text=True)
+            found = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("result ")]
+            print(f"round {turn}, {mode}:", *(f"{row['ms']:.2f} ms" for row in found), flush=True)
+            if done.returncode:
+                failed, said = 1, done.stderr.splitlines()
+                why = next((line for line in said if "Error:" in line or "Signal" in line), "".join(said[-1:]))
+                print(f"train_tiny.py: {mode} failed: {why}", file=sys.stderr, flush=True)
+            rows += [{"round": turn, **row} for row in found]
+            save_json(Path(args.out), rows)
+    print_bench(rows)
+    return failed
+
+
+def print_bench(rows):
+    """Medians over the rounds [least, largest]; a ratio compares two runs of one round."""
+    cell = lambda x, form: f"{np.median(x):{form}} [{min(x):{form}}, {max(x):{form}}]" if x else "-"
+    for setting in dict.fromkeys(row["setting"] for row in rows):
+        here = [row for row in rows if row["setting"] == setting]
+        full = {row["round"]: row["ms"] for row in here if row["mode"] == "full"}
+        print(f"\n{setting}\n\n| | ms | over full precision | tokens/s | model TFLOP/s | of the matrix rate | of the "
+              "copy rate | GiB |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
+        for mode in dict.fromkeys(row["mode"] for row in here):
+            of = lambda key, mode=mode, here=here: [row[key] for row in here if row["mode"] == mode and key in row]
+            ratio = [r["ms"] / full[r["round"]] for r in here if r["mode"] == mode and r["round"] in full]
+            cells = [cell(of(key), form) for key, form in (("tokens_per_s", ".0f"), ("tflops", ".4g"),
+                     ("of_matrix_rate", ".1%"), ("of_copy_rate", ".1%"), ("GiB", ".2f"))]  # fmt: skip
+            print("|", " | ".join([MODES.get(mode, mode), cell(of("ms"), ".2f"), cell(ratio, ".3f"), *cells]), "|")
+
+
+def clock(device):
+    """Now, on the device's own clock, without waiting for it."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a, b):
+    """Milliseconds from one clock() to another."""
+    if isinstance(a, float):
+        return 1e3 * (b - a)
+    b.synchronize()
+    return a.elapsed_time(b)
+
+
+def timed(device, *works, repeat=13):
+    """Median milliseconds of each work, done in turns; the first three turns are left out."""
+    turns = []
+    for _ in range(repeat):
+        turns.append([clock(device)])
+        for work in works:
+            work()
+            turns[-1].append(clock(device))
+    return [float(np.median([between(t[k], t[k + 1]) for t in turns[3:]])) for k in range(len(works))]
+
+
+def ceilings(device, square):
+    """TFLOP/s of a product of matrices like `square`, and GB/s of a copy, read and written bytes together."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 25), device=device)
+    target = torch.empty_like(source)
+    product, copying = timed(device, lambda: square @ square.T, lambda: target.copy_(source))
+    return 2e-9 * len(square) ** 3 / product, 8e-6 * len(source) / copying
+
+
+def softmax_per_forward(w, p, tau, q, group_size):
+    """Eqs. (7)-(9) as printed, by a softmax over a stacked codebook."""
+    gamma = hestia.absmean_scale(w, group_size)  # (n_groups, 1)
+    z = (w.view(-1, group_size) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+    pi = torch.softmax(-((z - q) ** 2) / tau, -1)  # (n_groups, g, 3)
+    return (1 - p) * w + p * (gamma * (pi * q).sum(-1)).view_as(w)
+
+
+class NaiveLinear(torch.nn.Linear):
+    def forward(self, x):
+        w = softmax_per_forward(self.weight, self.now[0], self.now[1], self.now[2:], self.group_size)
+        return torch.nn.functional.linear(x, w)
+
+
+def bench_passes(qat, device, square, now, copy_rate):
+    """relax and pull_back alone: W and the gradient read once, what they give written once, over time; and autograd
+    through a softmax over a stacked codebook, in eager mode."""
+    weights, latents = list(qat.weights.values()), list(qat.latents.values())
+    grads = [torch.randn_like(w) for w in weights]
+
+    queue = 20 if device.type == "cuda" else 0  # of products: the host is ahead of a GPU then, as it is in training
+    ahead = lambda: [square @ square for _ in range(queue)]
+    def give(to, grads):
+        for w, grad in zip(to, grads):
+            w.grad = grad
+
+    def stacked():
+        for w, grad in zip(latents, grads):
+            softmax_per_forward(w, now[0], now[1], now[2:], qat.group_size).to(grad.dtype).backward(grad)
+
+    _, relax, _, pull = timed(device, ahead, lambda: qat.relax(1), lambda: give(weights, grads), qat.pull_back)
+    _, naive = timed(device, lambda: give(latents, [None] * len(latents)), stacked, repeat=6)
+    n, narrow = sum(w.numel() for w in latents), weights[0].element_size()
+    share = lambda size, ms: {"ms": ms, "of_copy_rate": 1e-6 * n * size / ms / copy_rate}
+    return [{"mode": "relax alone", **share(4 + narrow, relax)}, {"mode": "pull_back alone", **share(8 + narrow, pull)},
+            {"mode": "both by a stacked softmax, eager", **share(12 + 2 * narrow, naive)}]  # fmt: skip
+
+
+def bench_worker(args):
+    """One mode in this process: prints a line "result {...}" for every accumulation. Random weights and tokens."""
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    cuda, mode, rank = torch.cuda.is_available(), args.worker, int(os.environ.get("RANK", 0))
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    torch.cuda.set_device(device) if cuda else torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    square = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) if cuda else torch.randn(1024, 1024)
+    matrix_rate, copy_rate = ceilings(device, square)
+    if args.llama and args.llama not in SHAPES:
+        model = hestia.load_llama(args.llama, torch.float32, device)
+    else:
+        with device:
+            model = hestia.Llama(hestia.LlamaConfig(**SHAPES[args.llama]) if args.llama else model_config(parse([])))
+    model.checkpointing, c, is_target = args.checkpointing, model.config, hestia._is_target(model)
+    linears = [module for name, module in model.named_modules() if is_target(name, module)]
+    flops = 6 * sum(m.weight.numel() for m in (*linears, model.lm_head))
+    flops += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * args.block_size  # causal attention
+    steps, qat = args.steps + 6, None  # five to warm up, and the last, which is logged
+    now = torch.tensor([0.5, 0.3, *hestia.TERNARY], device=device)  # p, tau and the codes
+    if mode == "naive":
+        for module in linears:
+            module.__class__, module.now, module.group_size = NaiveLinear, now, args.group_size
+    elif mode != "plain":
+        qat = hestia.Hestia(model, steps, method="hestia" if mode == "passes" else mode, group_size=args.group_size,
+                            tau_init=0.3, dtype=torch.bfloat16 if cuda else None, compile=args.compile)  # fmt: skip
+    name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
+    setting = (f"{args.gpus} x {name}, torch {torch.__version__}, {args.llama or 'tiny'}{', compiled' * args.compile}"
+               f"{', checkpointing' * args.checkpointing}{', shards' * args.shard}")  # fmt: skip
+    about = {"mode": mode, "setting": setting, "matrix_tflops": matrix_rate, "copy_gb_per_s": copy_rate}
+    if mode == "passes":
+        for row in bench_passes(qat, device, square, now, copy_rate) if rank == 0 else ():
+            print("result " + json.dumps({**about, **row}))
+        return 0
+    fast = torch.compile(model) if args.compile else model
+    if args.gpus > 1:
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
+        fast = in_parallel(fast, qat)
+    tokens = torch.randint(c.vocab_size, (1 << 20,), dtype=torch.int32)  # on the host, where a long text would be
+    for accumulate in args.accumulate:
+        marks, peak = [], 0.0
+
+        def on_step(t, record, marks=marks):
+            nonlocal peak
+            marks.append(clock(device))
+            p, tau = hestia.pressure(t, steps, 0.2), hestia.temperature(t, steps, 0.2, 0.3, 0.0, 0.0)
+            now[:2].copy_(torch.tensor([p, tau]), non_blocking=True)
+            if cuda and t == 4:
+                torch.cuda.reset_peak_memory_stats()
+            if t == steps - 2:
+                peak = (torch.cuda.max_memory_allocated() if cuda else 1024 * getrusage(RUSAGE_SELF).ru_maxrss) / 2**30
+
+        batch = args.micro * accumulate * args.gpus
+        hestia.train(
+            fast, tokens, steps=steps, batch_size=batch, block_size=args.block_size, lr=1e-4, qat=qat, on_step=on_step,
+            micro_batches=accumulate, log_every=steps, shard_optimizer=args.shard,
+        )  # fmt: skip
+        laps = [between(a, b) for a, b in zip(marks[4:-1], marks[5:-1])]
+        ms = float(np.median(laps))
+        rate = 1e3 * batch * args.block_size / ms
+        row = {**about, "setting": f"{setting}, {args.micro} x {args.block_size} tokens x {accumulate}", "ms": ms,
+               "laps": laps, "tokens_per_s": rate, "tflops": 1e-12 * rate * flops, "GiB": peak,
+               "of_matrix_rate": 1e-12 * rate * flops / args.gpus / matrix_rate}  # fmt: skip
+        if rank == 0:
+            print("result " + json.dumps(row), flush=True)
+    if args.gpus > 1:
+        torch.distributed.barrier()  # none leaves while another still listens to it
+        torch.distributed.destroy_process_group()
+    return 0
+
+
 def main(arguments=None):
-    config = parse(arguments)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal's encoding
-    torch.set_flush_denormal(True)  # gradients fade as tau falls; denormal numbers would slow the last steps down
-    warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run(config)
+        with signals, warnings.catch_warnings():
+            if "--bench" in arguments:
+                return bench([word for word in arguments if word != "--bench"])
+            config = parse(arguments)
+            if config.show:
+                show(config.show)
+                return 0
+            with one_of_several(config):
+                run(config)
+    except Trouble as error:
+        print(f"train_tiny.py: {error} (an error because of --strict)", file=sys.stderr)
+        return 1
     except (ValueError, ImportError) as error:  # bad input, found by us or by hestia.py; a missing package
         print(f"train_tiny.py: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, OSError, ArithmeticError) as error:
-        print(f"train_tiny.py: the run failed: {error}", file=sys.stderr)
+    except (RuntimeError, OSError, ArithmeticError, MemoryError) as error:
+        print(f"train_tiny.py: the run failed: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("\ntrain_tiny.py: interrupted; the same command with --out and the folder's name and --resume goes on "
-              "after the last finished method", file=sys.stderr)  # fmt: skip
-        return 130
+              "where it was", file=sys.stderr)  # fmt: skip
+        return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
 
