@@ -86,7 +86,11 @@ def finish(ax, title, xlabel="", ylabel="", legend=None, inches=None, **legend_o
     inches = inches or ax.get_position().width * ax.figure.get_figwidth()
     title = re.sub(r"(?<![\d.])-(?=\d)", "−", title)
     title = re.sub(r" (?=[%γT=±>])|(?<=[=±>]) ", "\N{NO-BREAK SPACE}", title)
-    ax.set_title("\n".join(textwrap.wrap(title, max(20, int(12.5 * inches)))), fontsize=10.5, loc="left")
+    width = max(20, int(12.5 * inches))
+    lines = textwrap.wrap(title, width)
+    while width > 12 and len(narrower := textwrap.wrap(title, width - 1)) == len(lines):  # lines of like length
+        width, lines = width - 1, narrower
+    ax.set_title("\n".join(lines), fontsize=10.5, loc="left")
     ax.set(**{key: text for key, text in (("xlabel", xlabel), ("ylabel", ylabel)) if text})
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(alpha=0.25)
@@ -113,8 +117,18 @@ def percent(x):
     return f"{100 * x:.0f} %" if x == 0 or abs(x) >= 0.0995 else f"{100 * x:.1f} %"
 
 
+def tidy(x, form):
+    """A number with a proper minus, and no minus at a zero.
+
+    >>> tidy(-0.04, ".1f"), tidy(-0.4, ".1f"), tidy(0.4, "+.1f")
+    ('0.0', '−0.4', '+0.4')
+    """
+    text = format(x, form)
+    return format(0.0, form) if float(text) == 0 else text.replace("-", "−")
+
+
 def signed(mean, half):
-    return f"{mean:+.4f}".replace("-", "−") + (f" ± {half:.4f}" if half else "")
+    return tidy(mean, "+.4f") + (f" ± {half:.4f}" if half else "")
 
 
 def short(name):
@@ -220,6 +234,10 @@ def first_sensitivities(results):
     return ((results.get("sensitivities") or [None])[0] or {}).get("tensors", {})
 
 
+def which_traces(results):
+    return "Fisher traces" if results["config"].get("sensitivity") == "fisher" else "Hessian traces"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # sections 3.1, 3.2 and 4: the quantizer, its relaxation, its slope
 
@@ -238,10 +256,11 @@ def staircase(taus=(1.0, 0.5, 0.2, 0.05), axes=None):
         z_axis(ax)
     away = [float((h - hard).abs().mean()) for h in H.values()]
     peak = [(float(s.max()), abs(float(z[s.argmax()]))) for s in slopes.values()]
-    finish(top, f"From τ = {taus[0]:g} to {taus[-1]:g}, H's mean distance from rounding goes from {away[0]:.2f} γ to "
-           f"{away[-1]:.2f} γ", ylabel="effective weight / γ", legend="upper left")  # fmt: skip
-    said = [f"{most:.1f} at |w| = {at:.1f} γ for τ = {tau:g}" for (most, at), tau in zip(peak, taus)]
-    finish(below, f"H's own slope is largest, {said[0]}, {said[-1]}", ylabel="slope")
+    far = [f"{mean:.2f} γ away on average at τ = {tau:g}" for mean, tau in zip(away, taus)]
+    title = f"As τ falls, H nears rounding: {far[0]}, {far[-1]}"
+    finish(top, title, ylabel="effective weight / γ", legend="upper left")
+    said = [f"{most:.1f} at w = {'±' * (at > 0)}{at:g} γ" for most, at in ((m, round(a, 1)) for m, a in peak)]
+    finish(below, f"H's largest slope: {said[0]} for τ = {taus[0]:g}, {said[-1]} for τ = {taus[-1]:g}", ylabel="slope")
     top.set_xlabel("")
     below.set_ylim(0, min(1.05 * max(peak)[0], 3.2))
     return top.figure
@@ -256,7 +275,7 @@ def pi_curves(taus=(1.0, 0.35, 0.1), axes=None):
             ax.plot(z, share, label=f"code {code}", color=color, linestyle=dash, linewidth=2)
         z_axis(ax)
         sure = float((pi.max(1).values > 0.95).double().mean())
-        finish(ax, f"τ = {tau:g}: sure of its code (π > 0.95) on {percent(sure)} of the axis")
+        finish(ax, f"τ = {tau:g}: the largest π is over 0.95 on {percent(sure)} of this axis")
     axes[0].set_ylabel("share π of a code")
     axes[-1].legend(loc="center left", fontsize=8.5, edgecolor="none")
     return axes[0].figure
@@ -268,8 +287,8 @@ def dead_zone_line(dw=0.15, tau=0.35, ax=None):
     z, w, H = z_line(1.75), gaussian_weights(), lambda x: hestia.soft_quantize(x, tau, scale=UNIT)
     moved, dead = H(z + dw) - H(z), hestia.dead_zone(z, dw, scale=UNIT).numpy()
     low, high = min(0.0, dw, float(moved.min())), max(0.0, dw, float(moved.max()))
-    ax.fill_between(z, low, high, where=~dead, color=RED, alpha=0.35, hatch="//", linewidth=0,
-                    label="Q changes, by a whole γ")  # fmt: skip
+    ax.fill_between(z, 0, 1, where=~dead, transform=ax.get_xaxis_transform(), color=RED, alpha=0.3, hatch="//",
+                    linewidth=0, label="here Q jumps by a whole γ")  # fmt: skip
     ax.plot(z, moved, color=BLUE, linewidth=2, label=f"change of H at τ = {tau:g}")
     ax.axhline(dw, color=BLACK, linestyle=":", label="the update itself")
     z_axis(ax)
@@ -310,34 +329,34 @@ def jacobians(methods=None, tau=0.35, ax=None):
     spread = slopes.max(0).values - slopes.min(0).values
     ax.axvline(0.5, color=GREY, linewidth=0.8, linestyle=DOTS)
     pretend = sum(len(names) for slope, names in found if (slope == 1).all())
-    title = (f"{pretend} of {len(methods)} methods take the slope for 1 on this axis; the {len(found)} curves are "
-             f"furthest apart at |w| = {float(z[shown][spread.argmax()]):.2f} γ")  # fmt: skip
+    title = f"{pretend} of {len(methods)} methods take{'s' * (pretend == 1)} the slope for 1 on this axis; the "
+    title += f"{len(found)} curves are furthest apart at |w| = {float(z[shown][spread.argmax()]):.2f} γ"
     return finish(ax, title, "|w| / γ (the slopes are even)", "dW_eff/dW", "center left", bbox_to_anchor=(1, 0.5))
 
 
 def lemma_4_2(taus=(0.3, 0.1, 0.03, 0.01), axes=None):
-    """Lemma 4.2: the Jacobian becomes two spikes, and its integral against a smooth f becomes gamma (f(-gamma/2) +
-    f(gamma/2)); gamma = 1 here. Two panels; the numbers are in the legends."""
+    """Lemma 4.2: the Jacobian becomes two spikes, and its integral against a smooth phi becomes gamma
+    (phi(-gamma/2) + phi(gamma/2)); gamma = 1 here. Two panels; the numbers are in the legends."""
     left, right = panels(axes, 2, (9.6, 4.2))
     z, half = z_line(8.0, 800_001), torch.tensor([-0.5, 0.5], dtype=torch.float64)
     slopes = [hestia.soft_quantize_jacobian(z, tau, scale=UNIT) for tau in taus]
-    near = (z.abs() < 1.25).nonzero().flatten()[::50]
-    curves(left, z[near], {f"τ = {tau:g}: mass {float(torch.trapezoid(slope, z)):.4f}": slope[near]
+    near = (z.abs() < 1.6).nonzero().flatten()[::50]
+    curves(left, z[near], {f"τ = {tau:g}: area {float(torch.trapezoid(slope, z)):.4f}": slope[near]
                            for tau, slope in zip(taus, slopes)})  # fmt: skip
     z_axis(left)
     peak, worst = float(slopes[-1].max()), 0.0
-    left.set(yscale="log", ylim=(0.03, 40 * max(float(slope.max()) for slope in slopes)))
+    left.set(yscale="log", xlim=(-1.3, 1.3), ylim=(0.03, 40 * max(float(slope.max()) for slope in slopes)))
     finish(left, f"The slope becomes two spikes, {peak:.0f} high at τ = {taus[-1]:g}", "", "dH/dw (log scale)",
            "upper center", ncols=2)  # fmt: skip
     smooth = {"exp(−w²)": lambda z: torch.exp(-z * z), "1/(1+w²)": lambda z: 1 / (1 + z * z),
               "cos 2w": lambda z: torch.cos(2 * z)}  # fmt: skip
-    for look, (name, f) in zip(LOOKS, smooth.items()):
-        limit, found = float(f(half).sum()), [float(torch.trapezoid(slope * f(z), z)) for slope in slopes]
+    for look, (name, phi) in zip(LOOKS, smooth.items()):
+        limit, found = float(phi(half).sum()), [float(torch.trapezoid(slope * phi(z), z)) for slope in slopes]
         right.loglog(taus, [abs(x - limit) for x in found], **look,
-                     label=f"f = {name}: {found[0]:.4f} … {found[-1]:.4f}, limit {limit:.4f}")  # fmt: skip
+                     label=f"φ = {name}: {found[0]:.4f} … {found[-1]:.4f}, limit {limit:.4f}")  # fmt: skip
         worst = max(worst, abs(found[-1] / limit - 1))
-    title = f"At τ = {taus[-1]:g} the integrals are within {100 * worst:.2g} % of f(−½) + f(½)"
-    finish(right, title, "temperature τ", "|∫ (dH/dw) f dw − f(−½) − f(½)|", "upper left")
+    title = f"At τ = {taus[-1]:g} the integrals are within {100 * worst:.2g} % of φ(−½) + φ(½)"
+    finish(right, title, "temperature τ", "|∫ (dH/dw) φ dw − φ(−½) − φ(½)|", "upper left")
     low, high = right.get_ylim()
     right.set_ylim(low, high * (high / low) ** 0.4)  # room for the legend
     return left.figure
@@ -384,8 +403,10 @@ def schedules(config, scores, ax=None, tau_init=0.35):
     lines = {f"{short(name)}: s = {s:.2f}": tau(s) for name, s in watched.items()}
     curves(ax, t, {**lines, "every tensor, if α = 0": [hestia.base_temperature(x, T, rho, tau_init) for x in t]})
     right = ax.twinx()
-    right.plot(t, [hestia.pressure(x, T, rho) for x in t], color=GREY, linestyle=DOTS, linewidth=2)
-    right.set(ylabel="pressure p, share of H (dotted)", ylim=(-0.024, 1.2), yticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
+    pressed = {"color": GREY, "linewidth": 4, "alpha": 0.45}
+    right.plot(t, [hestia.pressure(x, T, rho) for x in t], **pressed)
+    ax.plot([], [], label="pressure p (right axis)", **pressed)
+    right.set(ylabel="pressure p, share of H", ylim=(-0.024, 1.2), yticks=(0, 0.2, 0.4, 0.6, 0.8, 1))
     right.spines["top"].set_visible(False)
     ax.axvline(rho * T, color=GREY, linewidth=0.8)
     for x, phase in ((rho * T / 2, "compress"), ((1 + rho) * T / 2, "anneal")):
@@ -395,7 +416,7 @@ def schedules(config, scores, ax=None, tau_init=0.35):
         f"The most sensitive tensor is {percent(abs(high / low - 1))} {'warmer' if high > low else 'colder'} than the "
         "least sensitive")  # fmt: skip
     ax.set_ylim(-0.024 * max(high, low), 1.2 * max(high, low, tau_init))
-    finish(ax, title, "step of quantization-aware training", "temperature τ, units of γ", "upper right",
+    finish(ax, title, "step of quantization-aware training", "temperature τ", "upper right",
            bbox_to_anchor=(1, 0.83))  # fmt: skip
     return ax
 
@@ -412,12 +433,12 @@ def alpha_rho_kappa(axes=None):
         curves(ax, x, {f"{symbol} = {v:g}".replace("-", "−"): y for v, y in lines.items()})
     halved = {r: t[np.array(y) < tau_init / 2][0] for r, y in base.items()}
     warmer, colder = percent(tau[0.4][0] / tau_init - 1), percent(1 - tau[-0.4][0] / tau_init)
-    finish(left, f"α: a tensor with s = 0.9 starts {warmer} warmer at 0.4, {colder} colder at −0.4", "t / T",
-           "temperature τ, units of γ", "upper right")  # fmt: skip
-    finish(middle, f"ρ: τ is halved at {halved[0.0]:.2f} T for ρ = 0, at {halved[0.5]:.2f} T for 0.5", "t / T",
-           "base temperature τ, units of γ", "lower left")  # fmt: skip
+    finish(left, f"α: 0.4 warms a tensor with s = 0.9 by {warmer}, −0.4 cools it by {colder}", "t / T",
+           "temperature τ", "upper right")  # fmt: skip
+    finish(middle, f"ρ: with 0, τ has halved at {halved[0.0]:.2f} T; with 0.5, at {halved[0.5]:.2f} T", "t / T",
+           "base temperature τ", "lower left")  # fmt: skip
     span = {k: f"{s[0]:.2f} to {s[-1]:.2f}" for k, s in score.items()}
-    finish(right, f"κ: these scores span {span[1]} at 1, {span[4]} at 4", "(log h − μ) / σ of the trace h",
+    finish(right, f"κ: with 1, these scores span {span[1]}; with 4, {span[4]}", "(log h − μ) / σ of the trace h",
            "sensitivity score s", "upper left")  # fmt: skip
     return left.figure
 
@@ -427,7 +448,8 @@ def hutchpp_error(curvature, ax=None):
     (ax,) = panels(ax, 1, (6.8, 4.2))
     curve = {name: {int(n): point["rms"] for n, point in points.items()}
              for name, points in curvature["curves"].items()}  # fmt: skip
-    for look, (name, points) in zip(LOOKS, curve.items()):
+    first = lambda item: not item[0].startswith("Hutch++")  # HESTIA's own estimator in HESTIA's own blue
+    for look, (name, points) in zip(LOOKS, sorted(curve.items(), key=first)):
         n = sorted(points)
         median, low, high = ([points[x][key] for x in n] for key in ("median", "q25", "q75"))
         ax.loglog(n, median, label=name, markersize=5, **look)
@@ -440,15 +462,16 @@ def hutchpp_error(curvature, ax=None):
     ratio = plain[budget]["median"] / plus[budget]["median"]
     ax.axvline(budget, color=GREY, linewidth=0.8, linestyle=DOTS)
     word = f"{ratio:.1f} times less than" if ratio > 1 else f"{1 / ratio:.1f} times more than"
-    return finish(ax, f"At {budget:,} products (dotted) Hutch++ errs {word} Hutchinson",
+    each = f"{budget // curvature['model']['tensors']} for each tensor"
+    return finish(ax, f"At {budget:,} products ({each}, dotted) Hutch++ errs {word} Hutchinson",
                   "Hessian-vector products, all tensors together",
                   f"relative error, rms over tensors\n(median, quartiles of {seeds} seeds)", "lower left")  # fmt: skip
 
 
-def trace_heatmap(tensors, ax=None):
+def trace_heatmap(tensors, ax=None, what="traces"):
     """log10 of each tensor's Hessian trace, layer by projection; a trace lost in its error is hatched and marked "?".
 
-    tensors: {name: {value, stderr, flagged, score}}, as in a results.json under "sensitivities".
+    tensors: {name: {value, stderr, flagged, score}}, as in a results.json under "sensitivities". what: of which matrix.
     """
     if not tensors or any("value" not in t for t in tensors.values()):
         raise ValueError("no traces are there; python train_tiny.py --methods hestia estimates them")
@@ -463,17 +486,20 @@ def trace_heatmap(tensors, ax=None):
     image, middle = ax.imshow(grid, cmap="cividis", aspect="auto"), (np.nanmin(grid) + np.nanmax(grid)) / 2
     for name, (layer, kind) in spots.items():
         i, j, lost = rows.index(layer), columns.index(kind), tensors[name].get("flagged", False)
-        text = ("≤ 0" if np.isnan(grid[i, j]) else f"{grid[i, j]:.1f}") + " ?" * lost
+        text = "≤ 0" if np.isnan(grid[i, j]) else tidy(grid[i, j], ".1f")
+        text += " ?" * lost
         ax.text(j, i, text, ha="center", va="center", fontsize=9, color="white" if grid[i, j] < middle else "black")
         if lost:
             ax.add_patch(plt.Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, hatch="///", edgecolor=GREY, linewidth=0))
     ax.set_xticks(range(len(columns)), [kind.removesuffix("_proj") for kind in columns])
     ax.set_yticks(range(len(rows)), rows)
-    ax.figure.colorbar(image, ax=ax, label="log10 of the trace")
+    ax.figure.colorbar(image, ax=ax, label=f"log10 of the {what}")
     low, high = min(positive, key=positive.get), max(positive, key=positive.get)
     lost = sum(t.get("flagged", False) for t in tensors.values())
-    finish(ax, f"Traces span {np.log10(positive[high] / positive[low]):.1f} decades, from {short(low)} to {short(high)}"
-           + f"; {lost} of {len(tensors)} are lost in their error (?)" * (lost > 0), "projection", "layer")  # fmt: skip
+    decades = f"{np.log10(positive[high] / positive[low]):.1f} decades"
+    title = f"{what[0].upper() + what[1:]} span {decades}, from {short(low)} to {short(high)}"
+    title += f"; {lost} of {len(tensors)} are lost in their error (?)" * (lost > 0)
+    finish(ax, title, "projection", "layer")
     ax.grid(False)
     return ax
 
@@ -499,9 +525,9 @@ def score_errors(tensors, kappa=1.0, ax=None):
     overlap = sum(scores[b] - scores[a] < np.hypot(error[a], error[b]) for a, b in zip(names, names[1:]))
     ax.set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
     ax.set_xlim(0, 1)
-    return finish(ax, f"Scores span {scores[names[0]]:.2f} to {scores[names[-1]]:.2f}, with errors of at most "
-                  f"{max(error.values()):.3f}; {overlap} of {len(names) - 1} neighbours could swap",
-                  f"sensitivity score s (κ = {kappa:g}), ± one standard error",
+    title = f"Scores span {scores[names[0]]:.2f} to {scores[names[-1]]:.2f}, with errors of at most "
+    title += f"{max(error.values()):.3f}; {overlap} of {len(names) - 1} neighbouring pairs are closer than their errors"
+    return finish(ax, title, f"sensitivity score s (κ = {kappa:g}), ± one standard error",
                   legend="lower right" if any(h.flagged for h in traces.values()) else None)  # fmt: skip
 
 
@@ -550,7 +576,7 @@ def loss_curves(runs, ax=None, key="loss"):
     (ax,) = panels(ax, 1, (6.6, 4))
     known = lambda name: " at " not in name and name.partition(":")[0] in hestia.QUANTIZERS  # not a choice of rate
     methods = list(dict.fromkeys(name for name, _ in runs if known(name)))
-    paired, tops, late = "full" in methods, [], {}
+    paired, tops, lows, highs, late = "full" in methods, [], [0.0], [], {}
     for k, method in enumerate(methods):
         if paired and method == "full":
             continue
@@ -558,11 +584,16 @@ def loss_curves(runs, ax=None, key="loss"):
         values = values - by_seed(runs, "full", key)[1] if paired else values
         band(ax, step, values, style(method, k))
         tops.append(np.quantile(values.mean(0), 0.9))
+        lows.append(values.min())
+        highs.append(values.mean(0).max())
         late[quantizer(method).label] = values[:, step >= 0.75 * step[-1]].mean()
     if paired:
         ax.axhline(0, color=BLACK, linewidth=1)
         if tops:
-            ax.set_ylim(-0.15 * max(tops), 1.5 * max(tops))  # the first steps of a hard quantizer tower above the rest
+            top = 1.5 * max(tops)  # the first steps of a hard quantizer tower above the rest
+            ax.set_ylim(min(lows) - 0.1 * max(tops), top)
+            if max(highs) > top:
+                ax.text(0.01, 0.99, f"↑ up to {max(highs):.2f}", transform=ax.transAxes, va="top", fontsize=8.5)
     best, worst = (choose(late, key=late.get, default=None) for choose in (min, max))
     title = f"In the last quarter {best} costs {late[best]:.3f} nats" if late else "Nothing here was quantized"
     title += f", {worst} {late[worst]:.3f}" if len(late) > 1 else ""
@@ -599,7 +630,7 @@ def draw_histogram(ax, now, start, bins):
     for code, color, hatch in CODES:
         these = np.clip(np.round(middle), -1, 1) == float(code.replace("−", "-"))
         bars += ax.bar(middle[these], 100 * now[these], width=bins[1] - bins[0], color=color, alpha=0.75, hatch=hatch,
-                       edgecolor="white", linewidth=0)  # fmt: skip
+                       edgecolor="white", linewidth=0, label=f"code {code}")  # fmt: skip
     ax.stairs(100 * start, bins, color=BLACK, linewidth=1, label="before")
     z_axis(ax)
     ax.set_xlim(-2.5, 2.5)
@@ -620,14 +651,17 @@ def histograms(run, tensor=-1, axes=None):
         change = "empties" if after < 0.85 * before else "fills" if after > before / 0.85 else "keeps its weights at"
         title = f"{quantizer(method).label} {change} the boundaries: within 0.1 γ of one lie {percent(before)} of the "
         title += f"weights before, {percent(after)} after"
-        finish(ax, title, f"latent weight w / γ of {short(name)}", legend="upper right")
+        finish(ax, title, f"latent weight w / γ of {short(name)}")
+    highest = max(hist[[0, -1]].max() for _, hist in found.values())
+    axes[0].set_ylim(0, 118 * highest)  # room for the legend
+    axes[0].legend(loc="upper center", fontsize=8.5, edgecolor="none", ncols=4, columnspacing=1, handlelength=1.4)
     axes[0].set_ylabel(f"weights per bin of {bins[1] - bins[0]:.2g} γ, %")
     return axes[0].figure
 
 
 def gradient_norms(run, axes=None):
     """Norm of the gradient of all that is trained, with dL/dW_eff and with dL/dW for the quantized weights, against the
-    base temperature at that step, while it falls (the STE has none: the same steps).
+    base temperature at that step, while it falls (the STE has none: it is drawn at the same steps).
 
     Were weights spread evenly about the boundaries, dL/dW would grow like tau^(-1/2): of them a share of order tau lies
     within tau of a boundary, where the slope is 1 / (2 tau).
@@ -640,16 +674,18 @@ def gradient_norms(run, axes=None):
         for method, (step, norm) in along(snapshots, ("absmean", "hestia-no-hessian", "hestia"), key).items():
             cooling = step > rho * T
             tau = np.array([hestia.base_temperature(t, T, rho, given["tau_init"]) for t in step[cooling]])
-            band(ax, tau, norm[:, cooling], style(method))
+            look = style(method)
+            look["label"] += "" if is_soft(method) else ", at the same steps"
+            band(ax, tau, norm[:, cooling], look)
             mean = norm[:, cooling].mean(0)
-        exponent = np.polyfit(np.log(tau), np.log(mean), 1)[0]
+        early, end = mean[: max(1, len(mean) // 4)].mean(), mean[-1]
         if ax is axes[1]:
             ax.plot(tau, mean[0] * (tau / tau[0]) ** -0.5, color=GREY, linestyle=DOTS, label="τ^(−1/2), to compare")
         ax.set(xscale="log", yscale="log")
         ax.invert_xaxis()
         ax.yaxis.set_minor_formatter(NullFormatter())
-        title = f"{what}: a fit of {quantizer(method).label}'s norm over the annealing gives τ^({exponent:+.2f})"
-        finish(ax, title.replace("-", "−"), "base temperature τ at the step (training goes right)", "", "upper left")
+        title = f"{what}: {quantizer(method).label}'s norm goes from {early:.2f} (first quarter) to {end:.2f} (end)"
+        finish(ax, title, "base temperature τ at the step (training goes right)", "", "upper left")
     axes[0].set_ylabel("gradient norm")
     return axes[0].figure
 
@@ -735,9 +771,10 @@ def clear(mean, half, seeds):
     return len(seeds) > 1 and abs(mean) > half
 
 
-def forest(ax, rows, text, title, xlabel, reach=None):
+def forest(ax, rows, text, title, xlabel, reach=None, bars="95 % interval"):
     """A line for each {label: (look, mean, half width, [numbers of the seeds])}: mean and interval, seeds as rings, the
-    mean in words at the right. What lies beyond `reach` (ten times the median) is an arrow at the edge."""
+    mean in words at the right. What lies beyond `reach` (ten times the median) is an arrow at the edge. bars: what the
+    half width is."""
     (ax,) = panels(ax, 1, (8, 1.5 + 0.38 * len(rows)))
     means = np.array([mean for _, mean, _, _ in rows.values()])
     reach = reach or 10 * np.median([abs(mean) + half for _, mean, half, _ in rows.values()])
@@ -757,36 +794,48 @@ def forest(ax, rows, text, title, xlabel, reach=None):
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.6)
     inches = ax.get_position().width * ax.figure.get_figwidth() / 0.8 - 1.5 - 0.075 * max(map(len, rows))
-    return finish(ax, title, xlabel, inches=inches)
+    several = any(len(seeds) > 1 for _, _, _, seeds in rows.values())
+    return finish(ax, title, xlabel + f"\n(bar: {bars}; small ring: one seed)" * several, inches=inches)
 
 
 def gap_recovered(results, split="train", ax=None):
-    """How much of the way from AbsMean STE back to full precision each method recovers, best first, with the standard
-    deviation over seeds. Where that gap makes no sense: the difference from AbsMean STE, with 95 % intervals."""
-    table, rows, key = results["table"], results["per_seed"], f"gap_{split}"
+    """How much of the way from AbsMean STE back to full precision each method recovers, with the standard deviation
+    over seeds; the best on training text comes first, on either text. Where that gap makes no sense: the difference
+    from AbsMean STE, with 95 % intervals."""
+    table, rows = results["table"], results["per_seed"]
     methods = [m for m in table if m not in ("before", "untrained", "full", "absmean")]
     if "absmean" not in table or not methods:
         raise ValueError("no absmean to compare with; python train_tiny.py --methods full absmean hestia runs it")
-    gap = all(key in table[m] for m in methods)
-    found = {m: (100 * table[m][key][0], 100 * (table[m][key][1] or 0), [100 * row[m][key] for row in rows])
-             for m in methods} if gap else differences(results, methods, "absmean", split)  # fmt: skip
-    order = sorted(methods, key=lambda m: found[m][0], reverse=gap)
-    rounded = lambda mean, half: f"{mean:.0f}".replace("-", "−") + (f" ± {half:.0f} %" if half else " %")
-    text = rounded if gap else signed
-    best, (mean, half, seeds) = quantizer(order[0]).label, found[order[0]]
+    has_gap = lambda split: all(f"gap_{split}" in table[m] for m in methods)
+
+    def measure(split):  # {method: (mean, half width, [one number per seed])}
+        if not has_gap(split):
+            return differences(results, methods, "absmean", split)
+        key = f"gap_{split}"
+        return {m: (100 * table[m][key][0], 100 * (table[m][key][1] or 0), [100 * r[m][key] for r in rows])
+                for m in methods}  # fmt: skip
+
+    gap, found, on_train = has_gap(split), measure(split), measure("train")
+    order = sorted(methods, key=lambda m: on_train[m][0], reverse=has_gap("train"))
+    share = lambda mean, half: tidy(mean, ".1f") + (f" ± {half:.1f} %" if half else " %")
+    text, label = share if gap else signed, lambda m: quantizer(m).label
+    best = (max if gap else min)(methods, key=lambda m: found[m][0])
+    mean, half, seeds = found[best]
     said = f"{text(mean, half)} ({len(seeds)} seed{'s' * (len(seeds) > 1)})"
+    every = {1: label(best) + " is", 2: "Both are"}.get(len(methods), f"All {len(methods)} are")
+    worse = f"{every} worse than AbsMean STE" + f"; closest is {label(best)}, {said}" * (len(methods) > 1)
     if gap:
-        title = f"{best} recovers the largest part of the gap: {said}"
-        title = title if mean > 0 else "No method recovers any of the gap"
-        label = f"gap recovered on {SPLITS[split]} text, %: 0 is AbsMean STE, 100 is full precision"
+        title = f"{label(best)} recovers the largest part of the gap: {said}" if mean > 0 else worse
+        axis = f"gap recovered on {SPLITS[split]} text, %: 0 is AbsMean STE, 100 is full precision"
+        reach, bars = 110, "± one standard deviation"
     else:
-        title = f"{best} is lowest: {said}" if mean < 0 else "No method is below AbsMean STE"
-        label = f"{SPLITS[split]} loss minus AbsMean STE's, nats"
-    drawn = {quantizer(m).label: (style(m, k + 2), *found[m]) for k, m in enumerate(order)}
-    ax = forest(ax, drawn, text, title, label, reach=110 if gap else None)
-    if gap:
+        title = f"{label(best)} is lowest: {said}" if mean < 0 else worse
+        axis, reach, bars = f"{SPLITS[split]} loss minus AbsMean STE's, nats", None, "95 % interval"
+    drawn = {label(m): (style(m, k + 2), *found[m]) for k, m in enumerate(order)}
+    ax = forest(ax, drawn, text, title, axis, reach, bars)
+    if gap and ax.get_xlim()[1] > 60:  # else it would squeeze all that is to be seen
         ax.axvline(100, color=BLACK, linewidth=1)
-        ax.set_xlim(ax.get_xlim()[0], max(105, ax.get_xlim()[1]))
+        ax.set_xlim(None, max(105, ax.get_xlim()[1]))
     return ax
 
 
@@ -812,8 +861,8 @@ def loss_against(results, setting, split="train", ax=None):
                 values[base] = float(usual)
             names |= {m: prefix + said(values[m]) for m in sorted(values, key=lambda m: values[m])}
     if "hestia" not in names or len(names) < 2:
-        ablate = setting.removesuffix("_size")
-        raise ValueError(f"no {setting} was varied; python train_tiny.py --ablate {ablate} --seeds 3 does")
+        ablate, word = setting.removesuffix("_size"), setting.replace("_", " ")
+        raise ValueError(f"no run has another {word}; python train_tiny.py --ablate {ablate} --seeds 3 does some")
     found = differences(results, names, "hestia", split)
     others = [m for m in names if m != "hestia"]
     best = min(others, key=lambda m: found[m][0])
@@ -933,13 +982,14 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "pi_curves": (lambda run: pi_curves(), "the shares of the three codes at three temperatures (Eq. 7)", ""),
     "dead_zone_line": (lambda run: dead_zone_line(), "where an update changes Q, and what H makes of it (Eq. 6)", ""),
     "jacobians": (lambda run: jacobians(), "the slope that each method takes for that of rounding", ""),
-    "lemma_4_2": (lambda run: lemma_4_2(), "the Jacobian becomes two spikes of mass gamma", ""),
+    "lemma_4_2": (lambda run: lemma_4_2(), "the Jacobian becomes two spikes of area gamma", ""),
     "mse_against_tau": (lambda run: mse_against_tau(), "which temperature keeps H closest to W (sec. 5.1)", ""),
     "alpha_rho_kappa": (lambda run: alpha_rho_kappa(), "what the three settings do to schedules and scores", ""),
     "schedules": (of_run(lambda r: schedules(**guidance(r))), "pressure and temperatures (Fig. 2)", RUN),
     "hutchpp_error": (of_study(hutchpp_error, "curvature.json"), "error of the traces against products", CURVATURE),
     "sensitivity_against": (of_study(sensitivity_against, "curvature.json"), "traces against other signs", CURVATURE),
-    "trace_heatmap": (of_run(lambda r: trace_heatmap(first_sensitivities(r))), "traces, layer by projection", RUN),
+    "trace_heatmap": (of_run(lambda r: trace_heatmap(first_sensitivities(r), what=which_traces(r))),
+                      "traces, layer by projection", RUN),
     "score_errors": (of_run(lambda r: score_errors(first_sensitivities(r), r["config"]["kappa"])),
                      "sensitivity scores with their errors", RUN),
     "loss_curves": (lambda run: loss_curves(read_log(run)), "training loss above full precision", RUN),

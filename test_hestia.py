@@ -2459,7 +2459,7 @@ def test_figures_in_numbers():
     cdf = torch.special.ndtr(f64([-0.65, -0.5, 0.35, 0.5]) * (2 / math.pi) ** 0.5)
     assert float(cdf[1] - cdf[0] + cdf[3] - cdf[2]) == pytest.approx(0.088, abs=5e-4)
     drawn = plots.lemma_4_2()
-    assert all(text.get_text().endswith(": mass 2.0000") for text in drawn.axes[0].get_legend().texts)
+    assert all(text.get_text().endswith(": area 2.0000") for text in drawn.axes[0].get_legend().texts)
     assert "within 0.016 % of" in titles(drawn)
 
 
