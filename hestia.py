@@ -1186,7 +1186,7 @@ QUANTIZERS |= {
     "tequila": Quantizer("Tequila", relax_tequila, lambda w, s: (_hard_absmean(w, s), relax_tequila(w, s)[1]),
                          {**_TERNARY, "bias": True}, extra="a bias per row"),
     "int2": Quantizer("INT2", _relax_ste, _hard_absmean, {"codebook": TWO_BIT}),
-    "int2-absmax": Quantizer("INT2, scale max|w|", relax_int2_absmax, settings=_TERNARY),
+    "int2-absmax": Quantizer("INT2, absmax", relax_int2_absmax, settings=_TERNARY),
     "llm-qat": Quantizer("LLM-QAT", _relax_ste, _hard_absmean,
                          {"codebook": TWO_BIT, "group_size": "row", "distill": True}),
     "bitnet": Quantizer("BitNet, from scratch", _relax_ste, _hard_absmean, {"group_size": None, "scratch": True}),
