@@ -1193,6 +1193,25 @@ def test_hard_shows_Q_and_puts_everything_back():
     assert model(x, x).item() == hard
 
 
+def test_what_the_name_of_a_method_fixes_and_what_else_holds_by_default():
+    make = lambda method, **more: h.Hestia(nn.Linear(256, 2), 10, **{"method": method, "tau_init": 0.3, **more})
+    tau = lambda method, scores: make(method, scores=scores).step_of(0, "").tau
+    assert tau("hestia-no-hessian", {"": 1.0}) == 0.3 == tau("hestia", None)
+    assert tau("hestia", {"": 1.0}) == pytest.approx(0.3 * math.exp(0.4))
+    for method, codebook in {"hestia": h.TERNARY, "hestia-no-hessian": h.TERNARY, "hestia-binary": h.BINARY,
+                             "hestia-2bit": h.TWO_BIT}.items():  # fmt: skip
+        qat = make(method, tau_init=None)
+        assert qat.codebook == codebook and qat.tau_init == h.optimal_tau_init(qat.latents, 128, codebook) > 0
+        assert qat.step_of(0, "").group_size == 128 and qat.step_of(1, "").p == 0.5  # Table 5: groups of 128, rho = 0.2
+        assert qat.latents[""].data_ptr() != qat.weights[""].data_ptr()  # a copy
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("absmean", rho=1.0)  # has no tau to anneal
+        assert make("hestia", alpha=-50.0).alpha == -50.0
+    with pytest.raises(ValueError, match="alpha is 50.5; expected a number between -50 and 50"):
+        make("hestia", alpha=50.5)
+
+
 def test_which_layers_are_quantized():
     tied, untied = tiny_llama(), tiny_llama(tie_word_embeddings=False)
     for model in (tied, untied):
@@ -3028,8 +3047,7 @@ def random_value(random, field, files, outs):
         return [random.choice([*train_tiny.CHOICES.get(field.name, ["cpu", "gpu", "paper"]), "other", ""])]
     if field.type is tuple:
         return random.choices(METHODS if field.name == "methods" else NUMBERS[float], k=random.randrange(4))
-    value = random.choice(NUMBERS[field.type])
-    return ["-2" if field.name == "jobs" and value.strip("+- _0").isdecimal() and int(value) > 1 else value]
+    return [random.choice(NUMBERS[field.type][:3] if field.name == "jobs" else NUMBERS[field.type])]
 
 
 def random_command(random, folder, finished):
