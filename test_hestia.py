@@ -1208,8 +1208,14 @@ def test_what_the_name_of_a_method_fixes_and_what_else_holds_by_default():
         warnings.simplefilter("error")
         make("absmean", rho=1.0)  # has no tau to anneal
         assert make("hestia", alpha=-50.0).alpha == -50.0
-    with pytest.raises(ValueError, match="alpha is 50.5; expected a number between -50 and 50"):
+    with pytest.raises(ValueError, match=r"alpha is 50\.5; expected a number between -50 and 50"):
         make("hestia", alpha=50.5)
+    with pytest.raises(ValueError, match=r"a sensitivity score is outside 0 \.\. 1"):
+        make("hestia", scores={"": 1.01})
+    a, b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+    b.weight = a.weight
+    with pytest.raises(ValueError, match="tequila gives every layer a bias; 0 has one, or shares its weight"):
+        h.Hestia(nn.Sequential(a, b), 10, method="tequila", group_size=4)
 
 
 def test_which_layers_are_quantized():
