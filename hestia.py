@@ -1186,7 +1186,7 @@ QUANTIZERS |= {
     "tequila": Quantizer("Tequila", relax_tequila, lambda w, s: (_hard_absmean(w, s), relax_tequila(w, s)[1]),
                          {**_TERNARY, "bias": True}, extra="a bias per row"),
     "int2": Quantizer("INT2", _relax_ste, _hard_absmean, {"codebook": TWO_BIT}),
-    "int2-absmax": Quantizer("INT2, scale max|w|", relax_int2_absmax, settings=_TERNARY),
+    "int2-absmax": Quantizer("INT2, absmax", relax_int2_absmax, settings=_TERNARY),
     "llm-qat": Quantizer("LLM-QAT", _relax_ste, _hard_absmean,
                          {"codebook": TWO_BIT, "group_size": "row", "distill": True}),
     "bitnet": Quantizer("BitNet, from scratch", _relax_ste, _hard_absmean, {"group_size": None, "scratch": True}),
@@ -1818,6 +1818,10 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         first, log, peak = state["step"], list(state["log"]), state["peak"].to(device)
         codes = {k: code.to(device) for k, code in state["codes"].items()}
         optimizer.load_state_dict(state["optimizer"])
+        if hasattr(optimizer, "optim"):  # ZeroRedundancyOptimizer leaves the steps on the CPU, and a copy of the rest
+            for kept in optimizer.optim.state.values():
+                kept["step"] = kept["step"].to(device)
+            optimizer.state.clear()
         with torch.no_grad():
             for p, kept in zip(rest, state["rest"]):
                 p.copy_(kept)
@@ -1825,9 +1829,12 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             qat.load_state_dict(state["qat"])
         _random_state(device, state["random"])
         began -= state["seconds"]
-    last_t = log[-1]["step"] if log else -1
+    last_t, start = first - 1, last
 
     def everything():
+        if late:  # a step that diverged must not be forgotten
+            late[2].synchronize()
+            check(late[0], *late[1].tolist())
         if hasattr(optimizer, "consolidate_state_dict"):
             optimizer.consolidate_state_dict()  # all shares to the first process, which writes them
         kept = optimizer.state_dict() if rank == 0 else None
@@ -1899,7 +1906,7 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             warm = clock if t == first else warm  # that step may have compiled for a minute: no measure of the others
             record["tokens_per_s"] = (t - last_t) * batch_size * block_size / (clock - last)
             record["seconds"] = clock - began
-            record["seconds_left"] = (clock - (warm if t > first else began)) / max(t - first, 1) * (steps - t - 1)
+            record["seconds_left"] = (clock - (warm if t > first else start)) / max(t - first, 1) * (steps - t - 1)
             if evaluating:
                 with qat.hard() if qat else contextlib.nullcontext():
                     record["val_loss_hard"] = evaluate(model, val, block_size)

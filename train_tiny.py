@@ -19,6 +19,8 @@ unless said otherwise, and the checkpoints are Hugging Face folders.
 import argparse
 import copy
 import dataclasses
+import datetime
+import gc
 import hashlib
 import json
 import math
@@ -37,7 +39,7 @@ import threading
 import time
 import warnings
 import zipfile
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,7 +106,7 @@ class Config:
     shard: bool = option("under torchrun: each process keeps only its share of AdamW's state", False)
     show: str = option("only print the tables of this results.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
-    jobs: int = option("runs at once, each in a process of its own, spread over the GPUs", 1)
+    jobs: int = option("runs at once, each in a process of its own, spread over the GPUs if --device is cuda", 1)
     save_minutes: float = option("minutes between saves of a training's state, for --resume; 0: after each step", 5.0)
     strict: bool = option("stop with an error where a line would warn of trouble in a training", False)
     resume: bool = option("go on with the run in --out, which was interrupted, where it was", False)
@@ -254,6 +256,8 @@ def check(config):
         raise InputError("--llama needs --data, a text file to train on")
     if config.val_data and not config.data:
         raise InputError("--val-data needs --data: the default text has its own held-out part")
+    if config.jobs > 1 and "RANK" in os.environ:
+        raise InputError("--jobs has processes of its own; expected one of --jobs and torchrun")
     if config.packed and not config.llama:
         raise InputError("--packed needs --llama: only its folders can be packed")
     other = [m for m in config.methods if plots.quantizer(m).settings.get("codebook", hestia.BINARY) == hestia.TWO_BIT
@@ -590,7 +594,7 @@ class Signals:
     """What Ctrl-C and SIGTERM do: end the program, or, while a run trains, do so after the step, when its state is
     saved. A second one ends it at once."""
 
-    training, asked, worker, before = False, None, False, {}
+    training, asked, worker, working, before = False, None, False, False, {}
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # Python allows it nowhere else
@@ -600,14 +604,23 @@ class Signals:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
+    @contextmanager
+    def ignored(self):
+        for number in self.before:
+            signal.signal(number, signal.SIG_IGN)
+        yield
+        for number in self.before:
+            signal.signal(number, self)
+
     def __call__(self, number, frame):
-        if self.worker and not self.training:
+        if self.worker and not self.working:
             os._exit(128 + number)  # it has nothing to save, and the first process says what there is to say
-        if not self.training or self.asked:
+        if not self.training or (self.asked and not self.worker):  # a worker hears of one Ctrl-C more than once
             self.asked = None
             raise Interrupted(number)
         self.asked = number
-        os.write(2, b"\nstopping after this step; once more to stop at once\n")
+        if not self.worker:
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
 
 signals = Signals()
@@ -632,15 +645,19 @@ class Saved:
             self.loss = state["best"]
             return state
         except Exception as error:  # whatever a damaged file may raise
-            print(f"  note: {self.last} cannot be read ({str(error).splitlines()[0]}); this training starts anew")
+            print(f"  note: {self.last} cannot be read ({str(error).splitlines()[:1]}); this training starts anew")
             return None
 
     def write(self, path, state):
         with whole(path) as aside:
             torch.save(state, aside)
-            with zipfile.ZipFile(aside) as written:
-                if written.testzip():  # its checksums
-                    raise OSError(f"{path} reads back differently from what was written; is the disk sound?")
+            try:
+                with zipfile.ZipFile(aside) as written:
+                    sound = written.testzip() is None  # its checksums
+            except zipfile.BadZipFile:
+                sound = False
+            if not sound:
+                raise OSError(f"{path} reads back differently from what was written; is the disk sound?")
 
     def __call__(self, t, state):
         """After each step: save if it is time, stop if that was asked for."""
@@ -652,13 +669,13 @@ class Saved:
             said = [None] * torch.distributed.get_world_size()
             torch.distributed.all_gather_object(said, (asked, due))
             asked, due = max(a for a, _ in said), any(d for _, d in said)
-        signals.asked = None
         if asked or due:
             now = {**state(), "best": self.loss}  # of which every process has a share
             if not several or torch.distributed.get_rank() == 0:
                 self.write(self.last, now)
             self.clock = time.monotonic()
         if asked:
+            signals.asked = None
             raise Interrupted(asked)
 
     def offer(self, loss, weights, finished):
@@ -674,7 +691,7 @@ class Saved:
 
 def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=None):
     """One run: hestia.train with this experiment's settings, about 40 log lines, and snapshots if it has latents.
-    It goes on from its saved state, if there is one."""
+    It goes on from its saved state, if there is one. Returns the snapshots, and the seconds of all its sessions."""
     config, log_every, reporter = study.config, max(1, steps // 40), Reporter(study, name, seed)
     snapshots, saved = Snapshots(qat, log_every) if qat else None, Saved(study, name, seed)
     plain = getattr(model, "_orig_mod", model)  # under torch.compile
@@ -698,6 +715,12 @@ def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=No
         tensors = {name: copies[x.data_ptr()] for name, x in tensors.items()}
         return {"step": t, "config": dataclasses.asdict(plain.config_now()), "model": tensors}
 
+    if state:  # so that what follows sees it; hestia.train does the same
+        if qat:
+            qat.load_state_dict(state["qat"])
+        with torch.no_grad():
+            for x, kept in zip(qat.rest if qat else model.parameters(), state["rest"]):
+                x.copy_(kept)
     good, newest = trained(state["step"] if state else 0), None  # weights whose loss was finite; of a later log line
     norms = [record["grad_norm"] for record in state["log"]] if state else []
 
@@ -722,7 +745,7 @@ def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=No
 
     signals.training = True
     try:
-        hestia.train(
+        log = hestia.train(
             model, study.train_text, steps=steps, lr=lr, qat=qat, name=name,
             seed=2 * seed + (qat is not None),  # other batches than in the training before it
             batch_size=config.batch_size, block_size=config.block_size, micro_batches=config.micro_batches,
@@ -741,7 +764,7 @@ def train(study, model, seed, *, steps, lr, name, qat=None, val=None, loss_fn=No
         reporter.file.close()
     if qat:
         check_hardness(study, name, qat)
-    return snapshots
+    return snapshots, log[-1]["seconds"]
 
 
 class Trouble(UserWarning):
@@ -894,18 +917,17 @@ class Study:
         config = self.config
         self.train_text, self.val_text, test, self.facts = load_text(config, self.tokenizer)
         parts = {"train": self.train_text, "val": self.val_text}
-        if config.lrs:  # the end of the text is kept for choosing rates
+        if len(config.lrs) > 1:  # the end of the text is kept for choosing rates
             self.train_text, parts["tuning"] = self.train_text.tensor_split([round(0.975 * len(self.train_text))])
             parts["train"] = self.train_text
-        self.model = (self.model or hestia.Llama(model_config(config))).to(config.device)
+        self.model = self.model or hestia.Llama(model_config(config))
+        if config.jobs > 1 and not signals.worker:
+            return  # the other processes have it
+        self.model = self.model.to(config.device)
         self.samples = {k: excerpt(text, config).to(config.device) for k, text in parts.items()}
         if config.test_data:
             self.samples["test"] = test.to(config.device)
-        trained = config.seeds * ((0 if config.llama else config.pretrain_steps) + len(config.methods) * config.steps)
-        if len(config.lrs) > 1:
-            tried = {m.partition(":")[0] for m in config.methods}
-            trained += config.pretrain_steps + len(config.lrs) * len(tried) * config.steps
-        self.steps_ahead = trained if config.jobs == 1 else 0  # until the estimate has been said
+        self.steps_ahead = 0  # of all that is left to train, until the estimate has been said
 
     def open(self, folder):
         self.folder, self.runs = folder, folder / "runs"
@@ -946,8 +968,11 @@ class Study:
         arrays = {"bins": BINS}
         for path in (log.with_suffix(".npz") for log in logs):
             if path.exists():
-                with np.load(path) as saved:
-                    arrays |= dict(saved)
+                try:
+                    with np.load(path) as saved:
+                        arrays |= dict(saved)
+                except (ValueError, EOFError, zipfile.BadZipFile) as error:
+                    raise InputError(f"{path} cannot be read ({error}); remove it and the .json beside it") from None
         with whole(self.folder / "snapshots.npz") as aside, open(aside, "wb") as file:
             np.savez_compressed(file, **arrays)
 
@@ -961,7 +986,7 @@ def file_name(name, seed):
     return re.sub("[:=, ]+", "-", name) + f"-seed{seed}"
 
 
-_study = None  # of this process, where several share the work
+_study = None  # of this process, where several share the work; or why there is none
 
 
 @contextmanager
@@ -976,36 +1001,38 @@ def processes(study):
         try:
             yield
         except BaseException:
-            study.pool.shutdown(wait=False, cancel_futures=True)
-            for child in multiprocessing.active_children():
-                child.terminate()
+            children = multiprocessing.active_children()
+            try:
+                for child in children:
+                    child.terminate()  # after its step, when it has saved its state
+                print("  waiting for the other processes to save what they have", flush=True)
+                study.pool.shutdown(wait=True, cancel_futures=True)
+            except KeyboardInterrupt:
+                for child in children:
+                    child.kill()
             raise
 
 
 def for_each(study, function, tasks):
-    """function(study, *task) for every task; yields results in the order in which they come. An error is raised when
-    all others are done."""
+    """function(study, *task) for every task. In --jobs processes an error is raised when all others are done."""
     if study.pool is None:
-        yield from (function(study, *task) for task in tasks)
+        for task in tasks:
+            function(study, *task)
         return
     size = -(-len(tasks) // study.config.jobs) or 1  # neighbours have the same method, which is compiled once in each
-    parts = [study.pool.submit(_work, function, tasks[k : k + size]) for k in range(0, len(tasks), size)]
-    began, done, failed = time.perf_counter(), 0, None
+    with signals.ignored():  # by processes that are starting, which would say much and save nothing
+        parts = [study.pool.submit(_work, function, tasks[k : k + size]) for k in range(0, len(tasks), size)]
+    began, done, failed = time.perf_counter(), 0, []
     for part in as_completed(parts):
-        try:
-            results = part.result()
-        except (RuntimeError, ValueError, OSError) as error:
-            if isinstance(error, BrokenExecutor):
-                raise
-            print(f"  {error}", flush=True)
-            failed = error
-            continue
-        yield from results
-        done += len(results)
+        errors = part.result()
+        failed += [error for error in errors if error]
+        done += len(errors)
         left = (time.perf_counter() - began) / done * (len(tasks) - done)
-        print(f"  ({done} of {len(tasks)} finished, about {left / 60:.0f} min left)", flush=True)
+        print(f"  ({done} of {len(tasks)} ended, about {left / 60:.0f} min left)", flush=True)
+    for error in failed[:-1]:
+        print(f"  {error}", flush=True)
     if failed:
-        raise failed
+        raise failed[-1]
 
 
 def _begin_work(config, folder, counter):
@@ -1013,6 +1040,8 @@ def _begin_work(config, folder, counter):
     global _study
     signals.worker = True
     signals.__enter__()
+    leave = lambda: (multiprocessing.parent_process().join(), os.kill(os.getpid(), signal.SIGTERM))
+    threading.Thread(target=leave, daemon=True).start()  # when the first process was killed
     with counter.get_lock():
         number, counter.value = counter.value, counter.value + 1
     if config.device == "cuda":
@@ -1020,16 +1049,29 @@ def _begin_work(config, folder, counter):
         torch.cuda.set_device(config.device)
     torch.set_num_threads(max(1, torch.get_num_threads() // config.jobs))
     settle(config)
-    _study = Study(config)
-    _study.read()
-    _study.open(folder)
+    try:
+        _study = Study(config)
+        _study.read()
+        _study.open(folder)
+    except (RuntimeError, ValueError, OSError) as error:
+        _study = error
 
 
 def _work(function, tasks):
-    try:
-        return [function(_study, *task) for task in tasks]
-    except Interrupted as error:  # its state is saved; more work may be queued for this process
-        os._exit(128 + error.args[0])
+    """The error, or None, of each task."""
+    errors, signals.working = [], True
+    for task in tasks:
+        try:
+            if isinstance(_study, Exception):
+                raise _study
+            function(_study, *task)
+            errors.append(None)
+        except (RuntimeError, ValueError, OSError) as error:
+            errors.append(error)
+        except Interrupted as error:  # its state is saved; more work may be queued for this process
+            os._exit(128 + error.args[0])
+    signals.working = False
+    return errors
 
 
 def scores_needed(config):
@@ -1044,20 +1086,22 @@ def prepare(study, seed):
     config, model = study.config, study.model
     begin = lambda what: print(f"[seed {seed}] {what}", flush=True)
     torch.manual_seed(seed)
-    clock = time.perf_counter()
+    seconds = 0.0
     if study.start:
         begin(f"full precision: as it is in {config.llama}")
         restore(model, study.start)
     elif (path := study.folder / f"pretrained-seed{seed}.pt").exists():
-        restore(model, load_checkpoint(path).state_dict())
+        restore(model, read_pretrained(path))
+        log = (study.runs / f"{file_name('pretrain', seed)}.jsonl").read_text().splitlines()
+        seconds = json.loads(log[-1])["seconds"]
     else:
         restore(model, hestia.Llama(model.config).state_dict())
         size = sum(p.numel() for p in model.parameters())
         begin(f"full precision: {size:,} parameters, {config.pretrain_steps} steps")
         fast = torch.compile(model) if config.compile else model
-        train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
+        _, seconds = train(study, fast, seed, steps=config.pretrain_steps, lr=config.pretrain_lr, name="pretrain")
         save_checkpoint(path, model)
-    entry = {"before": {"seconds": time.perf_counter() - clock, **study.losses()}}
+    entry = {"before": {"seconds": seconds, **study.losses()}}
     begin("full precision: " + ", ".join(f"{k} {entry['before'][k]:.4f}" for k in ("train", "val")))
     with hestia.Hestia(model, 1, method="absmean", group_size=config.group_size or None).hard():
         entry["untrained"] = study.losses()
@@ -1086,11 +1130,19 @@ def guidance(config, seed, study, begin):
     return {"key": key, **entry, "tensors": tensors}
 
 
+def read_pretrained(path):
+    try:
+        return load_checkpoint(path).state_dict()
+    except Exception as error:  # whatever a damaged file may raise
+        why = str(error).splitlines()[:1]
+        raise InputError(f"{path} cannot be read ({why}); start anew with another --out") from None
+
+
 def starting_point(study, seed):
     """The weights that every method of a seed starts from, and what runs/start-seedN.json says."""
     weights = study.start
     if not weights:
-        weights = load_checkpoint(study.folder / f"pretrained-seed{seed}.pt").state_dict()
+        weights = read_pretrained(study.folder / f"pretrained-seed{seed}.pt")
     return weights, study.known("start", seed)
 
 
@@ -1115,7 +1167,6 @@ def run_method(study, seed, method, lr, name=None):
         restore(model, hestia.Llama(model.config).state_dict())
     if cuda:
         torch.cuda.reset_peak_memory_stats(config.device)
-    clock = time.perf_counter()
     qat = hestia.Hestia(
         model, config.steps, method=method.partition(":")[0], group_size=config.group_size or None, rho=config.rho,
         alpha=config.alpha, tau_init=config.tau_init or None, scores=scores,
@@ -1123,15 +1174,15 @@ def run_method(study, seed, method, lr, name=None):
     )  # fmt: skip
     val = None if name else study.samples["val"][: 16 * config.block_size]
     try:
-        watched = train(study, fast, seed, steps=config.steps, lr=lr, name=name or method, qat=qat, val=val,
-                        loss_fn=loss_fn)  # fmt: skip
+        watched, seconds = train(study, fast, seed, steps=config.steps, lr=lr, name=name or method, qat=qat, val=val,
+                                 loss_fn=loss_fn)  # fmt: skip
     except hestia.Diverged as error:
         if not name:
             raise
         print(f"  {error}", flush=True)
         return study.keep(name, seed, {**row, "tuning": None})
     qat.harden()
-    row |= {"seconds": time.perf_counter() - clock, "tau_init": qat.tau_init}
+    row |= {"seconds": seconds, "tau_init": qat.tau_init}
     row |= study.losses(tuning=bool(name))
     if cuda:
         row["gpu_GiB"] = torch.cuda.max_memory_allocated(config.device) / 2**30
@@ -1139,7 +1190,8 @@ def run_method(study, seed, method, lr, name=None):
         row |= {"changed_last_tenth": watched.changed_since(), "on_grid": on_grid(qat), "bits": bits_per_weight(qat)}
     arrays = watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
     names = [] if method == "full" else list(qat.weights)
-    del qat, watched  # the memory of the method, before the model is read once more
+    del qat, watched, loss_fn  # the memory of the method, before the model is read once more
+    gc.collect()  # a compiled method refers to itself
     for path in () if name else export(config, model, study.folder / file_name(method, seed), names):
         again = hestia.evaluate(reload(config, path), study.samples["val"], config.block_size)
         if again != row["val"]:
@@ -1179,20 +1231,25 @@ def run_all(study):
     started = [*seeds, *([tuning_seed] if tried else [])]
     order = [("pretrain", seed) for seed in started] + [(name, seed) for seed, *_, name in tried]
     order += [(method, seed) for seed in seeds for method in config.methods]
+    missing = [(seed,) for seed in started if not study.known("start", seed)]
+    untried = [task for task in tried if not study.known(task[-1], tuning_seed)]
+    if config.jobs == 1:  # for the estimate of the time
+        left = len(untried) + sum(not study.known(m, seed) for seed in seeds for m in config.methods)
+        study.steps_ahead = left * config.steps + (0 if study.start else len(missing) * config.pretrain_steps)
     try:
         with processes(study):
-            list(for_each(study, prepare, [(seed,) for seed in started if not study.known("start", seed)]))
+            for_each(study, prepare, missing)
             found = [s for seed in started for s in study.known("start", seed)["sensitivities"].values()]
             if found:
                 save_json(study.folder / "sensitivities.json", {s.pop("key"): s for s in found})
-            list(for_each(study, run_method, [task for task in tried if not study.known(task[-1], tuning_seed)]))
+            for_each(study, run_method, untried)
             tuning = {}
             for _, method, lr, name in tried:
                 tuning.setdefault(method, {})[str(lr)] = study.known(name, tuning_seed)["tuning"]
             rates = chosen_rates(study, tuning)
             # one process goes seed by seed; several take a method's seeds together, since it must be compiled in each
             tasks = [(seed, m, rates[m]) for seed in seeds for m in config.methods if not study.known(m, seed)]
-            list(for_each(study, run_method, tasks if config.jobs == 1 else sorted(tasks, key=lambda task: task[1])))
+            for_each(study, run_method, tasks if config.jobs == 1 else sorted(tasks, key=lambda task: task[1]))
     finally:
         study.gather(order)
     return tuning
@@ -1228,10 +1285,12 @@ def expected_memory(config, model):
     rest = sum(p.numel() for p in model.parameters()) - n
     narrow = 2 if cuda else 4  # bytes of an effective weight and of its gradient
     # what a method's graph keeps of each weight from relax to pull_back, in bytes, where it was measured
+    world = int(os.environ.get("WORLD_SIZE", 1))  # processes under torchrun
     graph = max(0 if plots.quantizer(m).relax in hestia.SLOPES else 52 if m == "fairy2i-hestia" else 20
                 for m in config.methods)  # fmt: skip
-    weights = n * (4 + 8 + 4 + 4 + 4 + graph) + n * 2 * narrow + 16 * rest  # latents, AdamW, gradients, codes, last
-    tokens = config.batch_size // config.micro_batches * config.block_size
+    adam = 8 / world if config.shard else 8
+    weights = n * (4 + adam + 4 + 4 + 4 + graph) + n * 2 * narrow + (8 + adam) * rest  # latents, gradients, codes, last
+    tokens = config.batch_size // config.micro_batches // world * config.block_size
     layer = tokens * narrow * (8 * c.hidden_size + 5 * c.intermediate_size)
     kept = tokens * narrow * c.hidden_size * c.num_hidden_layers + layer if config.checkpointing else (
         layer * c.num_hidden_layers)  # fmt: skip
@@ -1450,6 +1509,8 @@ def run(config):
     about = {"config": {k: v for k, v in dataclasses.asdict(config).items() if k not in passing}, "data": facts}
     sessions = same_as_before(config, about) if config.resume else []
     folder = run_folder(config)
+    for left in (*folder.glob("*.tmp"), *folder.glob("runs/*.tmp")):  # by a process that was killed while it wrote
+        left.unlink()
     began = time.perf_counter()
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     cuda = config.device.startswith("cuda")
@@ -1547,12 +1608,15 @@ def one_of_several(config):
     if cuda:
         config.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.device)
-    torch.distributed.init_process_group("nccl" if cuda else "gloo")
+    # one may tokenize a long text, or estimate traces, while the others wait
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
     screen = sys.stdout
     with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere:
         if torch.distributed.get_rank():
-            if config.resume and Path(config.out).is_dir():
-                shutil.copytree(config.out, Path(aside) / "run")
+            if config.resume and (Path(config.out) / "runs").is_dir():
+                shutil.copytree(Path(config.out) / "runs", Path(aside) / "run" / "runs")
+                for path in (*Path(config.out).glob("*.json"), *Path(config.out).glob("pretrained-*")):
+                    shutil.copy(path, Path(aside) / "run")
             config.out, sys.stdout = str(Path(aside) / "run"), nowhere
         torch.distributed.barrier()  # the first process changes nothing before all have copied what it has
         try:
@@ -1812,8 +1876,8 @@ def main(arguments=None):
         print(f"train_tiny.py: the run failed: {str(error) or 'out of memory'}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as error:
-        print("\ntrain_tiny.py: interrupted; the same command with --out and the folder's name and --resume goes on "
-              "where it was", file=sys.stderr)  # fmt: skip
+        more = "; the same command with --out and the folder's name and --resume goes on where it was"
+        print("\ntrain_tiny.py: interrupted" + more * ("--bench" not in arguments), file=sys.stderr)
         return 128 + (error.args[0] if error.args else signal.SIGINT)
     return 0
 
