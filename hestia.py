@@ -703,7 +703,8 @@ class Hestia:
     for every nn.Linear but the output head. scores: {module name: s_i} from `sensitivity_scores`, or None for all 0.
     Wrap the model in DDP after this, not before: changed dtypes and Tequila's biases are new parameters.
     tau_init: None chooses it by `optimal_tau_init`. dtype: of the effective weights, None for the model's own.
-    compile: fuse the passes over the weights with torch.compile, which pays on a GPU: one read of W and one write.
+    compile: fuse the passes over the weights with torch.compile, which pays on a GPU: one read of W and one write. For
+    more than one or two such in a process raise torch._dynamo.config.recompile_limit, as train_tiny.py does.
     ValueError: unknown method, settings out of range, weights that are not finite, a group size that does not fit.
 
     >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
