@@ -775,7 +775,7 @@ def forest(ax, rows, text, title, xlabel, reach=None, bars="95 % interval"):
     """A line for each {label: (look, mean, half width, [numbers of the seeds])}: mean and interval, seeds as rings, the
     mean in words at the right. What lies beyond `reach` (ten times the median) is an arrow at the edge. bars: what the
     half width is."""
-    (ax,) = panels(ax, 1, (8, 1.5 + 0.38 * len(rows)))
+    (ax,) = panels(ax, 1, (8, 1.5 + (0.38 if len(rows) < 12 else 0.27) * len(rows)))
     means = np.array([mean for _, mean, _, _ in rows.values()])
     reach = reach or 10 * np.median([abs(mean) + half for _, mean, half, _ in rows.values()])
     ax.axvline(0, color=GREY, linewidth=1)
@@ -893,8 +893,8 @@ def loss_against_lr(results, ax=None):
     ax.set_xticks(rates, [f"{lr:g}" for lr in rates])
     ax.xaxis.set_minor_formatter(NullFormatter())
     edge = sum(lr in (rates[0], rates[-1]) for lr in best.values())
-    said = ", ".join(f"{quantizer(m).label} {best[m]:g}" for m in ("absmean", "hestia") if m in best)
-    return finish(ax, f"Best rates: {said + '; ' if said else ''}{edge} of {len(best)} methods are best at the edge",
+    said = ", ".join(f"{quantizer(m).label}\N{NO-BREAK SPACE}{best[m]:g}" for m in ("absmean", "hestia") if m in best)
+    return finish(ax, f"Best rates: {said + '; ' if said else ''}at the edge: {edge} of {len(best)} methods",
                   "peak learning rate", "loss of the hard weights, nats (the tuning seed)", "center left", inches=5.2,
                   bbox_to_anchor=(1, 0.5))  # fmt: skip
 
@@ -904,21 +904,18 @@ CONTROLS = {"hestia-no-hessian": "α = 0", "hestia:scores=shuffled": "scores shu
 
 
 def controls(results, split="train", ax=None):
-    """Does the ranking of the tensors by their Hessian matter? HESTIA with alpha = 0, with its scores shuffled or made
-    equal, and as it is, minus AbsMean STE, seed by seed with 95 % intervals. The title compares with HESTIA itself."""
+    """Does the ranking of the tensors by their Hessian matter? HESTIA with alpha = 0, and with its scores shuffled or
+    made equal, minus HESTIA as it is, seed by seed with 95 % intervals."""
     rows = [m for m in CONTROLS if m in results["table"]]
-    others = [m for m in rows if m != "hestia"]
-    if "hestia" not in rows or not any(":" in m for m in others):
+    if "hestia" not in rows or not any(":" in m for m in rows):
         raise ValueError("no scores were shuffled or made equal; python train_tiny.py --ablate hessian --seeds 3 does")
-    against = "absmean" if "absmean" in results["table"] else "hestia"
-    apart = differences(results, others, "hestia", split)
-    looks = {m: STYLE.get(m, LOOKS[2 + k]) for k, m in enumerate(rows)}
-    drawn = {CONTROLS[m]: (looks[m], *d) for m, d in differences(results, rows, against, split).items()}
-    said = [f"{CONTROLS[m]} is clearly {'worse' if apart[m][0] > 0 else 'better'} than HESTIA ({signed(*apart[m][:2])})"
-            for m in others if clear(*apart[m])]  # fmt: skip
+    found = differences(results, rows, "hestia", split)
+    drawn = {CONTROLS[m]: (STYLE.get(m, LOOKS[2 + k]), *found[m]) for k, m in enumerate(rows)}
+    said = [f"{CONTROLS[m]} is clearly {'worse' if found[m][0] > 0 else 'better'} than HESTIA ({signed(*found[m][:2])})"
+            for m in rows if clear(*found[m])]  # fmt: skip
     title = "; ".join(said) or "No control differs clearly from HESTIA: the Hessian's ranking shows nothing"
     title = title if len(results["per_seed"]) > 1 else "One seed, no interval: it does not show what the ranking does"
-    return forest(ax, drawn, signed, title, f"{SPLITS[split]} loss minus {quantizer(against).label}'s, nats")
+    return forest(ax, drawn, signed, title, f"{SPLITS[split]} loss minus HESTIA's, nats")
 
 
 def overview(folder):

@@ -2520,6 +2520,10 @@ def test_titles_follow_the_numbers(made_up, tmp_path):
     before["table"] = train_tiny.summarize(train_tiny.parse([]), before["per_seed"])
     assert "is lowest: −0.03" in titles(plots.gap_recovered(before))
     assert "recovers the largest part of the gap" in titles(plots.gap_recovered(plots.read_results(made_up)))
+    larger = plots.read_results(plots.RESULTS / "gpu-3-seeds.json")
+    assert "Both are worse than AbsMean STE; closest is HESTIA, −41.8" in titles(plots.gap_recovered(larger, "val"))
+    rows = [[t.get_text() for t in plots.gap_recovered(larger, split).get_yticklabels()] for split in plots.SPLITS]
+    assert rows[0] == rows[1]  # the same order for both texts
     one = {**after, "per_seed": after["per_seed"][:1]}
     assert "One seed, no interval" in titles(plots.controls(one)) and "±" not in titles(plots.loss_against(one, "rho"))
 
