@@ -38,6 +38,8 @@ import hestia as h
 import plots
 import train_tiny
 
+torch.set_num_threads(1)  # these models are so small that a second thread only waits
+
 W = [-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]  # the worked example: mean|w| = 0.583333
 G = [1.0, -2.0, 3.0, 0.5, -1.0, 2.0]  # dL/dH for its backward passes
 CODEBOOKS = [h.TERNARY, h.BINARY, h.TWO_BIT]
@@ -1936,6 +1938,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+@pytest.mark.slow
 def test_two_processes_are_one_with_twice_the_accumulation(tmp_path):
     script, out = tmp_path / "ddp_run.py", tmp_path / "logs.json"
     script.write_text(DDP_RUN)
@@ -2870,7 +2873,7 @@ def compare_killed(text, tmp_path, runs):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(text, tmp_path):
-    compare_killed(text, tmp_path, 2)
+    compare_killed(text, tmp_path, 1)
 
 
 @pytest.mark.slow
@@ -2995,6 +2998,7 @@ def test_a_spike_of_the_gradient_is_said(text, tmp_path, monkeypatch, capsys):
     assert "a gradient norm of" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_several_processes_find_what_one_finds(text, tmp_path):
     more = ["--methods", "absmean", "hestia:alpha=0.6", "--lrs", "1e-3", "2e-3", *TINY, "--steps", "4"]
     results = []
@@ -3021,7 +3025,10 @@ def test_the_readme_has_the_tables_that_the_results_print(capsys):
         assert [line for line in below.splitlines() if line.startswith("|")][: len(printed)] == printed
 
 
-@pytest.mark.parametrize("what", train_tiny.CHOICES["ablate"])
+some = ("all", *(pytest.param(what, marks=pytest.mark.slow) for what in train_tiny.CHOICES["ablate"] if what != "all"))
+
+
+@pytest.mark.parametrize("what", some)
 def test_ablations(what, text, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1191,7 +1191,8 @@ def run_method(study, seed, method, lr, name=None):
     arrays = watched.arrays(f"{method}/seed{seed}") | {f"{method}/tensors": np.array(watched.watched)}
     names = [] if method == "full" else list(qat.weights)
     del qat, watched, loss_fn  # the memory of the method, before the model is read once more
-    gc.collect()  # a compiled method refers to itself
+    if config.compile:
+        gc.collect()  # a compiled method refers to itself
     for path in () if name else export(config, model, study.folder / file_name(method, seed), names):
         again = hestia.evaluate(reload(config, path), study.samples["val"], config.block_size)
         if again != row["val"]:
