@@ -141,6 +141,10 @@ class InputError(ValueError):
     """What the user gave cannot be used; the message is one sentence that says why and what would do."""
 
 
+def first_line(error):
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: {message}\n")
@@ -273,7 +277,7 @@ def check(config):
     try:
         torch.zeros(1, device=config.device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise InputError(f"--device {config.device} cannot be used: {str(error).splitlines()[0]}") from None
+        raise InputError(f"--device {config.device} cannot be used: {first_line(error)}") from None
     return config
 
 
@@ -645,7 +649,7 @@ class Saved:
             self.loss = state["best"]
             return state
         except Exception as error:  # whatever a damaged file may raise
-            print(f"  note: {self.last} cannot be read ({str(error).splitlines()[:1]}); this training starts anew")
+            print(f"  note: {self.last} cannot be read ({first_line(error)}); this training starts anew")
             return None
 
     def write(self, path, state):
@@ -1134,7 +1138,7 @@ def read_pretrained(path):
     try:
         return load_checkpoint(path).state_dict()
     except Exception as error:  # whatever a damaged file may raise
-        why = str(error).splitlines()[:1]
+        why = first_line(error)
         raise InputError(f"{path} cannot be read ({why}); start anew with another --out") from None
 
 
@@ -1204,7 +1208,7 @@ def run_method(study, seed, method, lr, name=None):
 
 
 def rate_name(method, lr):
-    return f"{method} at {lr:g}"
+    return f"{method} at {lr}"  # in full: rates that differ a little are two
 
 
 def chosen_rates(study, tuning):
