@@ -226,12 +226,13 @@ def _softmax_moments(z, tau, codebook):
 def _ternary_odds(z, tau):
     """A = pi(-s) / pi(s) and B = pi(0) / pi(s) under Eq. (7) for TERNARY, with s the sign of z.
 
-    With a = |z|: (a - 1)^2 - (a + 1)^2 = -4a, and (a - 1)^2 - a^2 = 1 - 2a. Both exponents are cut at 70: that is
-    certainty, yet far from overflow and from denormal numbers, on which a CPU computes a hundred times slower.
+    With a = |z|: (a - 1)^2 - a^2 = 1 - 2a gives B, and (a - 1)^2 - (a + 1)^2 = -4a gives A = (B e^(-1/tau))^2, so that
+    one exponential per weight is enough. Its exponent is cut at 70: that is certainty, yet far from overflow. 1e-18
+    keeps A from denormal numbers, on which a CPU computes a hundred times slower.
     """
-    a = z.abs()
-    A = torch.exp((a * (-4 / tau)).clamp(min=-70.0))
-    B = torch.exp(((1 - 2 * a) / tau).clamp(-70.0, 70.0))
+    e = torch.exp(-1 / tau) if isinstance(tau, torch.Tensor) else math.exp(-1 / tau)
+    B = torch.exp(((1 - 2 * z.abs()) * (1 / tau)).clamp(-70.0, 70.0))
+    A = (B * e + 1e-18).square()
     return A, B
 
 
@@ -241,12 +242,13 @@ def _code_mean(z, tau, codebook):
     if tuple(codebook) == TERNARY:
         A, B = _ternary_odds(z, tau)
         mu = torch.copysign((1 - A) / (1 + A + B), z)
+        near = mu.round()  # half to even, as in Eq. (2)
     else:
         near, m1, _ = _softmax_moments(z, tau, codebook)
         mu = near + m1
     if soft is True:  # a float above 0
         return mu
-    return torch.where(torch.as_tensor(soft, device=z.device), mu, _nearest(z, codebook))  # tau = 0: Q exactly
+    return torch.where(torch.as_tensor(soft, device=z.device), mu, near)  # tau = 0: Q exactly
 
 
 def _jacobian(z, tau, codebook):
@@ -787,9 +789,10 @@ class Hestia:
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
-        if compile:
-            self._relax_some = torch.compile(self._relax_some, dynamic=False)
-            self._pull_some = torch.compile(self._pull_some, dynamic=False)
+        if compile:  # a chunk in one kernel, where nothing of W's size is written down on the way
+            options = {"combo_kernels": True, "realize_opcount_threshold": 1000}
+            self._relax_some = torch.compile(self._relax_some, dynamic=False, options=options)
+            self._pull_some = torch.compile(self._pull_some, dynamic=False, options=options)
         self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None
@@ -816,12 +819,18 @@ class Hestia:
     def _group_size(self, w):
         return w.shape[-1] if self.group_size == "row" else self.group_size
 
+    def _rows(self, x, w):
+        """x, of W's shape, with groups for rows where the map acts on each alone: then a group is read only once."""
+        size = self._group_size(w) if self.compile and self.slope else None
+        return x.reshape(-1, size) if size else x
+
     def _chunks(self):
         """Names of tensors that are mapped together: one by one, or compiled, up to eight of a shape, so that few
         programs, which are short, serve a deep model."""
         shapes = {}
         for name, w in self.latents.items():
-            shapes.setdefault((w.shape, self.weights[name].dtype) if self.compile else name, []).append(name)
+            key = (self._rows(w, w).shape, self.weights[name].dtype) if self.compile else name
+            shapes.setdefault(key, []).append(name)
         return [names[k : k + 8] for names in shapes.values() for k in range(0, len(names), 8)]
 
     def _relax_some(self, latents, own, dtypes, steps):
@@ -846,12 +855,12 @@ class Hestia:
             steps = {name: s._replace(p=row[0], tau=row[4]) for (name, s), row in zip(steps.items(), rows)}
         relaxed = []
         for names in self._chunks():
-            latents, own, shown = [[x[n] for n in names] for x in (self.latents, self.own, self.weights)]
-            now = [steps[n] for n in names]
+            own, shown, now = [[x[n] for n in names] for x in (self.own, self.weights, steps)]
+            latents = [self._rows(w, w) for w in (self.latents[n] for n in names)]
             with torch.set_grad_enabled(self.slope is None):
                 effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
             for x, new in zip((*shown, *(self.biases[n] for n in names if self.biases)), effective):
-                x.data, x.grad = new.detach(), None  # the map's own output: no copy
+                x.data, x.grad = new.detach().view_as(x), None  # the map's own output: no copy
             relaxed.append((names, now, None if self.slope else effective))
         self.relaxed = relaxed
 
@@ -870,13 +879,14 @@ class Hestia:
                 x.grad = None
             if self.slope:
                 trained = [trained[k] for k in live]
-                found = self._pull_some([w.detach() for w in trained], grads, [steps[k] for k in live])
+                rows = [[self._rows(x.detach(), w) for x, w in zip(of, trained)] for of in (trained, grads)]
+                found = self._pull_some(*rows, [steps[k] for k in live])
             else:
                 live = [effective[k] for k in live]
                 found = torch.autograd.grad(live, trained, grads, allow_unused=True) if live else []
             for x, grad in zip(trained, found):
-                x.grad = grad
-            del grads, found
+                x.grad = grad if grad is None else grad.view_as(x)
+            rows = grads = found = grad = None
         self.waiting = self.quantizer.after_step is not None
 
     def _check_after_step(self):
