@@ -790,7 +790,7 @@ class Hestia:
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
         if compile:  # a chunk in one kernel, where nothing of W's size is written down on the way
-            options = {"combo_kernels": True, "realize_opcount_threshold": 1000}
+            options = {"realize_opcount_threshold": 1000, "use_fast_math": True}
             self._relax_some = torch.compile(self._relax_some, dynamic=False, options=options)
             self._pull_some = torch.compile(self._pull_some, dynamic=False, options=options)
         self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
