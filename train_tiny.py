@@ -104,7 +104,7 @@ class Config:
     device: str = option("cpu, cuda, cuda:1, ...; default: a GPU if there is one", "")
     compile: bool = option("compile the model with torch.compile", False, True)
     shard: bool = option("under torchrun: each process keeps only its share of AdamW's state", False)
-    show: str = option("only print the tables of this results.json", "")
+    show: str = option("only print the tables of this results.json, or bench.json", "")
     out: str = option("folder of this run; default: a new one under out/", "")
     jobs: int = option("runs at once, each in a process of its own, spread over the GPUs if --device is cuda", 1)
     save_minutes: float = option("minutes between saves of a training's state, for --resume; 0: after each step", 5.0)
@@ -1455,16 +1455,20 @@ def print_paired(config, per_seed):
 
 
 def show(path):
-    """The tables of a results.json, as the run printed them."""
+    """The tables of a results.json, as the run printed them, or the one of a bench.json."""
     try:
         results = json.loads(Path(path).read_text())
+        if isinstance(results, list):
+            return print_bench(results)
         fields = {f.name for f in dataclasses.fields(Config)}
         config = Config(**{k: v for k, v in results["config"].items() if k in fields})
         print_table(config, summarize(config, results["per_seed"]))
         print()
         print_paired(config, results["per_seed"])
+    except BrokenPipeError:  # who reads the output has read enough
+        sys.stdout = None
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"--show {path}: not the results.json of a finished run ({error})") from None
+        raise InputError(f"--show {path}: not the results.json of a finished run, nor a bench.json ({error})") from None
 
 
 def write_something(config, model, seed, tokenizer=None, prompt=None):
@@ -1698,7 +1702,8 @@ def bench(arguments):
 
 def print_bench(rows):
     """Medians over the rounds [least, largest]; a ratio compares two runs of one round."""
-    cell = lambda x, form: f"{np.median(x):{form}} [{min(x):{form}}, {max(x):{form}}]" if x else "-"
+    spread = lambda x, form: f" [{min(x):{form}}, {max(x):{form}}]" if len(x) > 1 else ""
+    cell = lambda x, form: f"{np.median(x):{form}}{spread(x, form)}" if x else "-"
     for setting in dict.fromkeys(row["setting"] for row in rows):
         here = [row for row in rows if row["setting"] == setting]
         full = {row["round"]: row["ms"] for row in here if row["mode"] == "full"}
