@@ -1383,7 +1383,8 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)  # (B, T, C)
         position = torch.arange(past, past + ids.shape[1], dtype=torch.float32, device=ids.device)
         angle = torch.outer(position, rope_frequencies(self.config, ids.device))  # (T, head_dim / 2)
-        cos, sin = angle.cos(), angle.sin()
+        # as_strided changes nothing here; without it, compiled code works the cosines out in every layer and head
+        cos, sin = (x.as_strided(x.shape, x.stride()) for x in (angle.cos(), angle.sin()))
         for block, kept in zip(self.model.layers, cache or [None] * len(self.model.layers)):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, cos, sin, use_reentrant=False)
