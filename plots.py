@@ -793,6 +793,7 @@ def forest(ax, rows, text, title, xlabel, reach=None, bars="95 % interval"):
     ax.set_xlim(-reach if means.min() < -reach else low, reach if means.max() > reach else high)
     ax.set_yticks(range(len(rows)), list(rows))
     ax.set_ylim(len(rows) - 0.5, -0.6)
+    ax.locator_params("x", nbins=6)  # more labels of four digits would touch
     inches = ax.get_position().width * ax.figure.get_figwidth() / 0.8 - 1.5 - 0.075 * max(map(len, rows))
     several = any(len(seeds) > 1 for _, _, _, seeds in rows.values())
     return finish(ax, title, xlabel + f"\n(bar: {bars}; small ring: one seed)" * several, inches=inches)
