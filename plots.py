@@ -156,8 +156,8 @@ def gaussian_weights(n=200_000, gamma=1.0):
 RESULTS = Path(__file__).resolve().parent / "notebooks" / "results"
 STUDIES = {
     "curvature.json": "python notebooks/curvature.py",
-    "table1.json": "python train_tiny.py --methods all --lrs 5e-4 1e-3 2e-3 --seeds 5, whose results.json it is",
-    "ablations.json": "python train_tiny.py --ablate alpha --seeds 3, and so on",
+    "table1.json": "python train_tiny.py --methods all --lrs 1e-3 3e-3 9e-3 --seeds 5, on README's model",
+    "ablations.json": "python train_tiny.py --ablate all --lrs 1e-3 3e-3 9e-3 --seeds 5, on README's model",
 }
 
 
