@@ -789,7 +789,7 @@ class Hestia:
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
-        if compile:  # a chunk in one kernel, where nothing of W's size is written down on the way
+        if compile:  # one kernel a tensor, in which nothing of W's size is written down on the way
             options = {"realize_opcount_threshold": 1000, "use_fast_math": True}
             self._relax_some = torch.compile(self._relax_some, dynamic=False, options=options)
             self._pull_some = torch.compile(self._pull_some, dynamic=False, options=options)
