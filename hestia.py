@@ -242,13 +242,13 @@ def _code_mean(z, tau, codebook):
     if tuple(codebook) == TERNARY:
         A, B = _ternary_odds(z, tau)
         mu = torch.copysign((1 - A) / (1 + A + B), z)
-        near = mu.round()  # half to even, as in Eq. (2)
     else:
         near, m1, _ = _softmax_moments(z, tau, codebook)
         mu = near + m1
     if soft is True:  # a float above 0
         return mu
-    return torch.where(torch.as_tensor(soft, device=z.device), mu, near)  # tau = 0: Q exactly
+    hard = mu.round() if tuple(codebook) == TERNARY else near  # tau = 0: Q exactly; mu is a code, or 1/2 at a tie
+    return torch.where(torch.as_tensor(soft, device=z.device), mu, hard)
 
 
 def _jacobian(z, tau, codebook):
@@ -789,10 +789,9 @@ class Hestia:
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
-        if compile:  # one kernel a tensor, in which nothing of W's size is written down on the way
-            options = {"realize_opcount_threshold": 1000, "use_fast_math": True}
-            self._relax_some = torch.compile(self._relax_some, dynamic=False, options=options)
-            self._pull_some = torch.compile(self._pull_some, dynamic=False, options=options)
+        if compile:
+            self._relax_some = torch.compile(self._relax_some, dynamic=False)
+            self._pull_some = torch.compile(self._pull_some, dynamic=False)
         self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None
@@ -820,9 +819,10 @@ class Hestia:
         return w.shape[-1] if self.group_size == "row" else self.group_size
 
     def _rows(self, x, w):
-        """x, of W's shape, with groups for rows where the map acts on each alone: then a group is read only once."""
+        """x, of W's shape, with groups for rows where the map acts on each alone: compiled, that is one pass over W,
+        and nothing of W's size is written down on the way."""
         size = self._group_size(w) if self.compile and self.slope else None
-        return x.reshape(-1, size) if size else x
+        return x.reshape(-1, size) if size else x  # (n_groups, g)
 
     def _chunks(self):
         """Names of tensors that are mapped together: one by one, or compiled, up to eight of a shape, so that few

@@ -1455,8 +1455,8 @@ def test_the_compiled_passes_keep_nothing_of_ws_size():
     model = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False), torch.nn.Linear(128, 256, bias=False))
     qat = h.Hestia(model, 4, group_size=64, tau_init=0.3, dtype=torch.bfloat16, compile=True)
     for work, result in ((lambda: qat.relax(1), "bfloat16"), (qat.pull_back, "float32")):
-        _, (code,) = run_and_get_code(work)
-        buffers = re.findall(r"empty_strided\w*\(\((.*?)\), .*?torch\.(\w+)\)", code)
+        _, codes = run_and_get_code(work)
+        buffers = re.findall(r"empty_strided\w*\(\((.*?)\), .*?torch\.(\w+)\)", "".join(codes))
         large = [dtype for shape, dtype in buffers if math.prod(int(n) for n in shape.split(",") if n.strip()) > 512]
         assert large == [result] * 2  # the rest are scalars and one number per group
         for w in qat.weights.values():

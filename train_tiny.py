@@ -1466,7 +1466,7 @@ def show(path):
         print()
         print_paired(config, results["per_seed"])
     except BrokenPipeError:  # who reads the output has read enough
-        sys.stdout = None
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, for what Python itself still writes at its end
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--show {path}: not the results.json of a finished run, nor a bench.json ({error})") from None
 
