@@ -40,7 +40,7 @@ import time
 import warnings
 import zipfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -1608,6 +1608,22 @@ def commit():
 
 
 @contextmanager
+def together(cuda, **options):
+    """Join the other processes, and leave them when all have come here. What holds the group must be gone by then: a
+    thread of gloo that is still there when the interpreter ends may abort it."""
+    import torch._dynamo
+    import torch.distributed.optim  # both are needed later, and imported after the next line they keep the group
+
+    torch.distributed.init_process_group("nccl" if cuda else "gloo", **options)
+    try:
+        yield
+        torch.distributed.barrier()  # none leaves while another still listens to it
+    finally:
+        gc.collect()  # the wrapped models, which hold the group
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
 def one_of_several(config):
     """Under torchrun: join the other processes. All but the first are silent and write to a folder that is removed."""
     if "RANK" not in os.environ:
@@ -1617,10 +1633,9 @@ def one_of_several(config):
     if cuda:
         config.device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(config.device)
-    # one may tokenize a long text, or estimate traces, while the others wait
-    torch.distributed.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=12))
-    screen = sys.stdout
-    with tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere:
+    screen, patience = sys.stdout, datetime.timedelta(hours=12)  # one may tokenize a long text while the others wait
+    with (tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere,
+          together(cuda, timeout=patience)):  # fmt: skip
         if torch.distributed.get_rank():
             if config.resume and (Path(config.out) / "runs").is_dir():
                 shutil.copytree(Path(config.out) / "runs", Path(aside) / "run" / "runs")
@@ -1630,10 +1645,8 @@ def one_of_several(config):
         torch.distributed.barrier()  # the first process changes nothing before all have copied what it has
         try:
             yield
-            torch.distributed.barrier()  # none leaves while another still listens to it
         finally:
             sys.stdout = screen
-            torch.distributed.destroy_process_group()
 
 
 def in_parallel(model, qat):
@@ -1651,6 +1664,7 @@ def in_parallel(model, qat):
 MODES = {"full": "full precision, narrow copy once per step", "absmean": "AbsMean STE", "hestia": "HESTIA",
          "naive": "HESTIA, softmax in every forward", "plain": "float32 weights, autocast on a GPU",
          "passes": "relax and pull_back alone"}  # fmt: skip
+WARM_UP = 6  # steps that are not timed: five at first, and the last, which is logged
 SHAPES = {"1b": {}, "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}}
 
 
@@ -1793,8 +1807,6 @@ def bench_passes(qat, device, square, now, copy_rate):
 
 def bench_worker(args):
     """One mode in this process: prints a line "result {...}" for every accumulation. Random weights and tokens."""
-    from resource import RUSAGE_SELF, getrusage  # not on Windows
-
     cuda, mode, rank = torch.cuda.is_available(), args.worker, int(os.environ.get("RANK", 0))
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     torch.cuda.set_device(device) if cuda else torch.set_flush_denormal(True)
@@ -1811,7 +1823,7 @@ def bench_worker(args):
     linears = [module for name, module in model.named_modules() if is_target(name, module)]
     flops = 6 * sum(m.weight.numel() for m in (*linears, model.lm_head))
     flops += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * args.block_size  # causal attention
-    steps, qat = args.steps + 6, None  # five to warm up, and the last, which is logged
+    steps, qat = args.steps + WARM_UP, None
     now = torch.tensor([0.5, 0.3, *hestia.TERNARY], device=device)  # p, tau and the codes
     if mode == "naive":
         for module in linears:
@@ -1828,10 +1840,17 @@ def bench_worker(args):
             print("result " + json.dumps({**about, **row}))
         return 0
     fast = torch.compile(model) if args.compile else model
-    if args.gpus > 1:
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
-        fast = in_parallel(fast, qat)
     tokens = torch.randint(c.vocab_size, (1 << 20,), dtype=torch.int32)  # on the host, where a long text would be
+    with together(cuda) if args.gpus > 1 else nullcontext():
+        bench_steps(args, in_parallel(fast, qat) if args.gpus > 1 else fast, qat, tokens, now, flops, about)
+    return 0
+
+
+def bench_steps(args, model, qat, tokens, now, flops, about):
+    """Train for some steps, once for every accumulation, and print what one took. flops: of the model, for a token."""
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    device, cuda, steps = now.device, now.is_cuda, args.steps + WARM_UP
     for accumulate in args.accumulate:
         marks, peak = [], 0.0
 
@@ -1847,21 +1866,18 @@ def bench_worker(args):
 
         batch = args.micro * accumulate * args.gpus
         hestia.train(
-            fast, tokens, steps=steps, batch_size=batch, block_size=args.block_size, lr=1e-4, qat=qat, on_step=on_step,
-            micro_batches=accumulate, log_every=steps, shard_optimizer=args.shard,
+            model, tokens, steps=steps, batch_size=batch, block_size=args.block_size, lr=1e-4, qat=qat,
+            on_step=on_step, micro_batches=accumulate, log_every=steps, shard_optimizer=args.shard,
         )  # fmt: skip
         laps = [between(a, b) for a, b in zip(marks[4:-1], marks[5:-1])]
         ms = float(np.median(laps))
         rate = 1e3 * batch * args.block_size / ms
-        row = {**about, "setting": f"{setting}, {args.micro} x {args.block_size} tokens x {accumulate}", "ms": ms,
-               "laps": laps, "tokens_per_s": rate, "tflops": 1e-12 * rate * flops, "GiB": peak,
-               "of_matrix_rate": 1e-12 * rate * flops / args.gpus / matrix_rate}  # fmt: skip
-        if rank == 0:
+        setting = f"{about['setting']}, {args.micro} x {args.block_size} tokens x {accumulate}"
+        row = {**about, "setting": setting, "ms": ms, "laps": laps, "tokens_per_s": rate, "GiB": peak,
+               "tflops": 1e-12 * rate * flops,
+               "of_matrix_rate": 1e-12 * rate * flops / args.gpus / about["matrix_tflops"]}  # fmt: skip
+        if int(os.environ.get("RANK", 0)) == 0:
             print("result " + json.dumps(row), flush=True)
-    if args.gpus > 1:
-        torch.distributed.barrier()  # none leaves while another still listens to it
-        torch.distributed.destroy_process_group()
-    return 0
 
 
 def main(arguments=None):
