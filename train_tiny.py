@@ -1611,15 +1611,14 @@ def commit():
 def together(cuda, **options):
     """Join the other processes, and leave them when all have come here. What holds the group must be gone by then: a
     thread of gloo that is still there when the interpreter ends may abort it."""
-    import torch._dynamo
-    import torch.distributed.optim  # both are needed later, and imported after the next line they keep the group
+    import torch.distributed.optim  # later it is needed, and imported after the next line it would keep the group
 
     torch.distributed.init_process_group("nccl" if cuda else "gloo", **options)
     try:
         yield
         torch.distributed.barrier()  # none leaves while another still listens to it
     finally:
-        gc.collect()  # the wrapped models, which hold the group
+        gc.collect()  # the wrapped models, which hold the group, if they are in a cycle
         torch.distributed.destroy_process_group()
 
 
