@@ -845,10 +845,15 @@ class Curved:
         with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             self.grads = h._gradients(self.loss_fn, self.batch, self.weights)
         self.g = torch.cat([g.detach().flatten() for g in self.grads])
-        self.H = torch.stack([self.product(unit) for unit in torch.eye(len(self.g), dtype=torch.float64)])
+        self.H = torch.cat([self.rows(units) for units in torch.eye(len(self.g), dtype=torch.float64).split(16)])
         ends = np.cumsum(self.sizes)
         self.blocks = [self.H[e - n : e, e - n : e].contiguous() for e, n in zip(ends, self.sizes)]
         self.exact = torch.stack([B.trace() for B in self.blocks])
+
+    def rows(self, units):  # (k, N) -> (k, N): torch's own batched backward pass, not the products that are tested
+        vectors = [part.view(-1, *w.shape) for part, w in zip(units.split(self.sizes, 1), self.weights)]
+        found = torch.autograd.grad(self.grads, self.weights, vectors, retain_graph=True, is_grads_batched=True)
+        return torch.cat([Hv.flatten(1) for Hv in found], 1)
 
     def product(self, v):  # (N,) -> (N,)
         parts = [part.view_as(w) for part, w in zip(v.split(self.sizes), self.weights)]
