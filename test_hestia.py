@@ -1468,6 +1468,7 @@ def test_the_compiled_passes_keep_nothing_of_ws_size():
             w.grad = torch.ones_like(w)
 
 
+@needs_compiler
 def test_compiled_slopes():
     w, G = randn(6, 16, seed=1, dtype=torch.float32), randn(6, 16, seed=2, dtype=torch.float32)
 
@@ -1932,14 +1933,13 @@ import json, pathlib, sys, torch
 import hestia as h, train_tiny
 
 def run():
-    torch.manual_seed(0)
-    model = h.Llama(h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                  num_attention_heads=2, num_key_value_heads=1))
+    config = h.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                           num_attention_heads=2, num_key_value_heads=1)
     tokens = torch.randint(0, 64, (2000,), generator=torch.Generator().manual_seed(0))
     logs = []
     for method, shard in (("hestia", False), ("lsq", True)):
         torch.manual_seed(0)
-        model = h.Llama(model.config)
+        model = h.Llama(config)
         qat = h.Hestia(model, 50, method=method, group_size=16)
         fast = torch.nn.parallel.DistributedDataParallel(model)
         logs.append(h.train(fast, tokens, steps=50, batch_size=8, block_size=16, lr=1e-2, qat=qat, log_every=1,
