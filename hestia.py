@@ -41,6 +41,7 @@ tables | Llama | checkpoints | the loop
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -790,9 +791,9 @@ class Hestia:
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
-        if compile:
-            self._relax_some = torch.compile(self._relax_some, dynamic=False)
-            self._pull_some = torch.compile(self._pull_some, dynamic=False)
+        if compile:  # a step has a hundred short kernels or more: from Hopper on, each starts as the one before it ends
+            fused = functools.partial(torch.compile, dynamic=False, options={"triton.enable_pdl": True})
+            self._relax_some, self._pull_some = fused(self._relax_some), fused(self._pull_some)
         self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None

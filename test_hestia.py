@@ -1468,6 +1468,32 @@ def test_the_compiled_passes_keep_nothing_of_ws_size():
             w.grad = torch.ones_like(w)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_kernels_that_start_early_read_nothing_early():
+    model = torch.nn.Sequential(*(torch.nn.Linear(128 * (1 + k % 3), 512, bias=False) for k in range(40))).cuda()
+    plain = h.Hestia(copy.deepcopy(model), 40, tau_init=0.3)
+    qat = h.Hestia(model, 40, tau_init=0.3, dtype=torch.bfloat16, compile=True)
+    wide, grads = torch.ones(4096, 4096, device="cuda"), [torch.randn_like(w) for w in qat.weights.values()]
+
+    def passes(t, own):
+        own.relax(t)
+        shown = [w.detach().clone() for w in own.weights.values()]
+        for w, G in zip(own.weights.values(), grads):
+            w.grad = G.to(w.dtype)
+        own.pull_back()
+        return [*shown, *(w.grad for w in own.latents.values())]
+
+    for t in range(40):
+        torch.cuda.synchronize()
+        wide @ wide  # the host runs ahead of what follows, and the kernels come one upon the other
+        with torch.no_grad():
+            torch._foreach_mul_(list(qat.latents.values()), 0.9)  # what relax must wait for
+            torch._foreach_mul_(list(plain.latents.values()), 0.9)
+        found = passes(t, qat)
+        for x, y in zip(found, passes(t, plain)):
+            torch.testing.assert_close(x.float(), y, rtol=1e-2, atol=1e-6)
+
+
 @needs_compiler
 def test_compiled_slopes():
     w, G = randn(6, 16, seed=1, dtype=torch.float32), randn(6, 16, seed=2, dtype=torch.float32)
@@ -3090,11 +3116,11 @@ def test_the_bench_measures_every_mode(tmp_path, capsys):
     arguments = shlex.split("--bench --rounds 1 --steps 1 --micro 1 --accumulate 1 --block-size 16 --no-compile")
     assert train_tiny.main([*arguments, "--out", str(out), "--modes", "full"]) == 0
     assert len(json.loads(out.read_text())) == 1 and "| full precision" in capsys.readouterr().out
-    for mode in ("absmean", "hestia", "naive", "plain", "passes"):  # what it does in processes of their own
+    for mode in ("absmean", "hestia", "naive", "plain", "passes", "products"):  # what it does in processes of their own
         assert train_tiny.main([*arguments, "--worker", mode]) == 0
     lines = capsys.readouterr().out.splitlines()
     rows = {row["mode"]: row for row in (json.loads(line.removeprefix("result ")) for line in lines)}
-    assert len(rows) == 4 + 3 and all(row["ms"] > 0 for row in rows.values())
+    assert len(rows) == 4 + 3 + 4 and all(row["ms"] > 0 for row in rows.values())
     assert all(0 < rows[m]["of_matrix_rate"] < 1 for m in ("absmean", "hestia", "naive", "plain"))
     assert train_tiny.main(["--bench", "--modes", "magic"]) == 2
 

@@ -20,6 +20,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import functools
 import gc
 import hashlib
 import json
@@ -1662,7 +1663,7 @@ def in_parallel(model, qat):
 
 MODES = {"full": "full precision, narrow copy once per step", "absmean": "AbsMean STE", "hestia": "HESTIA",
          "naive": "HESTIA, softmax in every forward", "plain": "float32 weights, autocast on a GPU",
-         "passes": "relax and pull_back alone"}  # fmt: skip
+         "passes": "relax and pull_back alone", "products": "matrix products alone"}  # fmt: skip
 WARM_UP = 6  # steps that are not timed: five at first, and the last, which is logged
 SHAPES = {"1b": {}, "3b": {"hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24}}
 
@@ -1676,6 +1677,7 @@ def bench_options(arguments):
         ("accumulate", [1, 4], "micro-batches per step and process"), ("group-size", 128 if cuda else 64, "per scale"),
         ("block-size", 1024 if cuda else 128, "tokens per sequence"), ("rounds", 3, "how often the modes take turns"),
         ("steps", 20 if cuda else 8, "steps that are timed, after five others"), ("gpus", 1, "that share every batch"),
+        ("tau", 0.3, "HESTIA's temperature at first; 0.001 shows what the last steps of a training cost"),
         ("shard", False, "with --gpus: AdamW's state in shares"), ("checkpointing", False, "of activations, by layer"),
         ("compile", cuda, "torch.compile"), ("out", "bench.json", "results are added to those that are there"),
         ("worker", "", argparse.SUPPRESS),
@@ -1719,7 +1721,7 @@ def print_bench(rows):
     cell = lambda x, form: f"{np.median(x):{form}}{spread(x, form)}" if x else "-"
     for setting in dict.fromkeys(row["setting"] for row in rows):
         here = [row for row in rows if row["setting"] == setting]
-        full = {row["round"]: row["ms"] for row in here if row["mode"] == "full"}
+        full, ours = ({row["round"]: row["ms"] for row in here if row["mode"] == mode} for mode in ("full", "hestia"))
         print(f"\n{setting}\n\n| | ms | over full precision | tokens/s | model TFLOP/s | of the matrix rate | of the "
               "copy rate | GiB |\n|---|---|---|---|---|---|---|---|")  # fmt: skip
         for mode in dict.fromkeys(row["mode"] for row in here):
@@ -1728,6 +1730,11 @@ def print_bench(rows):
             cells = [cell(of(key), form) for key, form in (("tokens_per_s", ".0f"), ("tflops", ".4g"),
                      ("of_matrix_rate", ".1%"), ("of_copy_rate", ".1%"), ("GiB", ".2f"))]  # fmt: skip
             print("|", " | ".join([MODES.get(mode, mode), cell(of("ms"), ".2f"), cell(ratio, ".3f"), *cells]), "|")
+        ratios = {mode: [ours[r["round"]] / r["ms"] for r in here if r["mode"] == mode and r["round"] in ours]
+                  for mode in dict.fromkeys(row["mode"] for row in here if row["mode"] != "hestia")}  # fmt: skip
+        if any(ratios.values()):
+            over = [f"{cell(ratio, '.3f')} times {MODES[mode]}" for mode, ratio in ratios.items() if ratio]
+            print("\nHESTIA's step takes " + "; ".join(over))
 
 
 def clock(device):
@@ -1804,6 +1811,26 @@ def bench_passes(qat, device, square, now, copy_rate):
             {"mode": "both by a stacked softmax, eager", **share(12 + 2 * narrow, naive)}]  # fmt: skip
 
 
+def bench_products(qat, device):
+    """A batch times the largest W, and a gradient times it, with W as it is and as the methods show it. At its power
+    limit a GPU multiplies faster what takes less power."""
+    w, dtype = max((w.detach() for w in qat.latents.values()), key=torch.numel), next(iter(qat.weights.values())).dtype
+    soft = lambda tau: hestia.soft_quantize(w, tau, qat.group_size)
+    shown = {"W": w, "H(W; 0.3)": soft(0.3), "H(W; 0.05)": soft(0.05), "Q(W)": hestia.quantize(w, qat.group_size)}
+    tokens, pairs = (8192, 300) if device.type == "cuda" else (256, 1)
+    x, dy = (torch.randn(tokens, n, device=device, dtype=dtype) for n in (w.shape[1], w.shape[0]))
+
+    def multiply(v):
+        for _ in range(pairs):
+            x @ v.T, dy @ v
+
+    works = [functools.partial(multiply, v.to(dtype)) for v in shown.values()]
+    works = [work for work in works for _ in range(2)]  # twice each: the first time, the power settles
+    each = [ms / pairs for ms in timed(device, *works, repeat=9)[1::2]]
+    return [{"mode": f"products with {name}", "ms": ms, "tflops": 4e-9 * tokens * w.numel() / ms}
+            for name, ms in zip(shown, each)]  # fmt: skip
+
+
 def bench_worker(args):
     """One mode in this process: prints a line "result {...}" for every accumulation. Random weights and tokens."""
     cuda, mode, rank = torch.cuda.is_available(), args.worker, int(os.environ.get("RANK", 0))
@@ -1828,14 +1855,17 @@ def bench_worker(args):
         for module in linears:
             module.__class__, module.now, module.group_size = NaiveLinear, now, args.group_size
     elif mode != "plain":
-        qat = hestia.Hestia(model, steps, method="hestia" if mode == "passes" else mode, group_size=args.group_size,
-                            tau_init=0.3, dtype=torch.bfloat16 if cuda else None, compile=args.compile)  # fmt: skip
+        method, narrow = mode if mode in hestia.QUANTIZERS else "hestia", torch.bfloat16 if cuda else None
+        qat = hestia.Hestia(model, steps, method=method, group_size=args.group_size, tau_init=args.tau,
+                            dtype=narrow, compile=args.compile)  # fmt: skip
     name = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     setting = (f"{args.gpus} x {name}, torch {torch.__version__}, {args.llama or 'tiny'}{', compiled' * args.compile}"
-               f"{', checkpointing' * args.checkpointing}{', shards' * args.shard}")  # fmt: skip
+               f"{', checkpointing' * args.checkpointing}{', shards' * args.shard}"
+               f"{f', tau {args.tau:g}' * (args.tau != 0.3)}")  # fmt: skip
     about = {"mode": mode, "setting": setting, "matrix_tflops": matrix_rate, "copy_gb_per_s": copy_rate}
-    if mode == "passes":
-        for row in bench_passes(qat, device, square, now, copy_rate) if rank == 0 else ():
+    if mode in ("passes", "products"):
+        alone = bench_passes(qat, device, square, now, copy_rate) if mode == "passes" else bench_products(qat, device)
+        for row in alone if rank == 0 else ():
             print("result " + json.dumps({**about, **row}))
         return 0
     fast = torch.compile(model) if args.compile else model
@@ -1856,7 +1886,7 @@ def bench_steps(args, model, qat, tokens, now, flops, about):
         def on_step(t, record, marks=marks):
             nonlocal peak
             marks.append(clock(device))
-            p, tau = hestia.pressure(t, steps, 0.2), hestia.temperature(t, steps, 0.2, 0.3, 0.0, 0.0)
+            p, tau = hestia.pressure(t, steps, 0.2), hestia.temperature(t, steps, 0.2, args.tau, 0.0, 0.0)
             now[:2].copy_(torch.tensor([p, tau]), non_blocking=True)
             if cuda and t == 4:
                 torch.cuda.reset_peak_memory_stats()
