@@ -700,6 +700,13 @@ def _is_target(model):
     return is_target
 
 
+def _stack(tensors):
+    """torch.stack, without a copy where the tensors, all of one shape, lie side by side in memory already."""
+    x, size = tensors[0], tensors[0].numel()
+    begins = [(w.untyped_storage().data_ptr(), w.storage_offset() - k * size) for k, w in enumerate(tensors)]
+    return torch.stack(tensors) if len(set(begins)) > 1 else x.as_strided((len(tensors), *x.shape), (size, *x.stride()))
+
+
 class Hestia:
     """Algorithm 1 around any model: keeps a float32 latent copy W of every quantized linear weight.
 
@@ -791,9 +798,10 @@ class Hestia:
         self.biases = {}  # {module's name: the bias that the method gives it}
         self.compile = compile
         self.slope = SLOPES.get(self.quantizer.relax)
-        if compile:  # a step has a hundred short kernels or more: from Hopper on, each starts as the one before it ends
+        if compile:  # from Hopper on, a kernel starts as the one before it ends: these are short, and many
             fused = functools.partial(torch.compile, dynamic=False, options={"triton.enable_pdl": True})
             self._relax_some, self._pull_some = fused(self._relax_some), fused(self._pull_some)
+            self._relax_stack = fused(self._relax_stack)
         self.relaxed = None  # between relax and pull_back, for each chunk: names, steps, and W_eff if it has a graph
         for name, weight in list(self.weights.items()):
             weight.requires_grad_(True).grad = None
@@ -802,6 +810,11 @@ class Hestia:
                 self.owners[id(weight)][0].bias = self.biases[name]
             if dtype not in (None, weight.dtype):
                 self._replace(name, weight.detach().to(dtype))
+        if compile and self.slope:
+            for names in self._chunks():  # side by side in memory, for relax
+                latents = [self.latents[name] for name in names]
+                for w, copy in zip(latents, torch.stack([self._rows(w.detach(), w) for w in latents])):
+                    w.data = copy.view_as(w)
 
     def _replace(self, name, tensor):
         """A new Parameter in the model: a compiled model would not notice that the old one has another dtype."""
@@ -823,8 +836,7 @@ class Hestia:
     def _rows(self, x, w):
         """x, of W's shape, with groups for rows where the map acts on each alone: compiled, that is one pass over W,
         and nothing of W's size is written down on the way."""
-        size = self._group_size(w) if self.compile and self.slope else None
-        return x.reshape(-1, size) if size else x  # (n_groups, g)
+        return x.reshape(-1, self._group_size(w) or w.numel()) if self.compile and self.slope else x  # (n_groups, g)
 
     def _chunks(self):
         """Names of tensors that are mapped together: one by one, or compiled, up to eight of a shape, so that few
@@ -834,6 +846,12 @@ class Hestia:
             key = (self._rows(w, w).shape, self.weights[name].dtype) if self.compile else name
             shapes.setdefault(key, []).append(name)
         return [names[k : k + 8] for names in shapes.values() for k in range(0, len(names), 8)]
+
+    def _relax_stack(self, w, steps, dtype):
+        """W_eff of K tensors of one shape in one pass. w: (K, n, g); steps: (K, 8), each with p and tau; (K n, g)."""
+        K, n, g = w.shape
+        p, tau = (steps[:, k, None].expand(K, n).reshape(K * n, 1) for k in (0, 4))  # for each group
+        return self.quantizer.relax(w.view(K * n, g), Step(p, tau, g, self.codebook)).to(dtype)
 
     def _relax_some(self, latents, own, dtypes, steps):
         """W_eff of each tensor, then the biases. A function of tensors alone, so that it compiles once."""
@@ -850,17 +868,21 @@ class Hestia:
         if not 0 <= t < self.total_steps:
             raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}, as total_steps says")
         self._check_after_step()
-        steps = {name: self.step_of(t, name) for name in self.weights}
+        chunks, relaxed, done = self._chunks(), [], 0
+        steps = {name: self.step_of(t, name) for names in chunks for name in names}
         if self.compile:  # as tensors, or new numbers would compile anew; 16 bytes apart, as compiled code wants them
             rows = torch.tensor([[s.p, 0, 0, 0, s.tau, 0, 0, 0] for s in steps.values()])  # (tensors, 8)
             rows = rows.to(next(iter(self.latents.values())).device, non_blocking=True)
             steps = {name: s._replace(p=row[0], tau=row[4]) for (name, s), row in zip(steps.items(), rows)}
-        relaxed = []
-        for names in self._chunks():
-            own, shown, now = [[x[n] for n in names] for x in (self.own, self.weights, steps)]
-            latents = [self._rows(w, w) for w in (self.latents[n] for n in names)]
-            with torch.set_grad_enabled(self.slope is None):
-                effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
+        for names in chunks:
+            latents, own, shown, now = [[x[n] for n in names] for x in (self.latents, self.own, self.weights, steps)]
+            if self.compile and self.slope:
+                stack = _stack([self._rows(w.detach(), w) for w in latents])  # (K, n_groups, g)
+                effective = self._relax_stack(stack, rows[done : done + len(names)], shown[0].dtype).chunk(len(names))
+                done += len(names)
+            else:
+                with torch.set_grad_enabled(self.slope is None):
+                    effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
             for x, new in zip((*shown, *(self.biases[n] for n in names if self.biases)), effective):
                 x.data, x.grad = new.detach().view_as(x), None  # the map's own output: no copy
             relaxed.append((names, now, None if self.slope else effective))

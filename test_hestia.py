@@ -1459,11 +1459,11 @@ def test_the_compiled_passes_keep_nothing_of_ws_size():
 
     model = torch.nn.Sequential(torch.nn.Linear(256, 128, bias=False), torch.nn.Linear(128, 256, bias=False))
     qat = h.Hestia(model, 4, group_size=64, tau_init=0.3, dtype=torch.bfloat16, compile=True)
-    for work, result in ((lambda: qat.relax(1), "bfloat16"), (qat.pull_back, "float32")):
+    for work, result in ((lambda: qat.relax(1), ["bfloat16"]), (qat.pull_back, ["float32"] * 2)):
         _, codes = run_and_get_code(work)
         buffers = re.findall(r"empty_strided\w*\(\((.*?)\), .*?torch\.(\w+)\)", "".join(codes))
-        large = [dtype for shape, dtype in buffers if math.prod(int(n) for n in shape.split(",") if n.strip()) > 512]
-        assert large == [result] * 2  # the rest are scalars and one number per group
+        large = [dtype for shape, dtype in buffers if math.prod(int(n) for n in shape.split(",") if n.strip()) > 1024]
+        assert large == result  # one for both, and one each; the rest are scalars and one number per group
         for w in qat.weights.values():
             w.grad = torch.ones_like(w)
 
@@ -1492,6 +1492,40 @@ def test_kernels_that_start_early_read_nothing_early():
         found = passes(t, qat)
         for x, y in zip(found, passes(t, plain)):
             torch.testing.assert_close(x.float(), y, rtol=1e-2, atol=1e-6)
+
+
+def test_stack_copies_only_what_does_not_lie_side_by_side():
+    whole = randn(3, 4, 5)
+    rows = list(whole)
+    for tensors, same in ((rows, True), (rows[1:], True), (rows[1:2], True), (rows[::-1], False), (rows[::2], False),
+                          ([rows[0], rows[1].clone()], False), ([rows[0], rows[0]], False)):  # fmt: skip
+        stack = h._stack(tensors)
+        assert torch.equal(stack, torch.stack(tensors))
+        assert (stack.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) == same
+
+
+@needs_compiler
+@pytest.mark.parametrize("group_size", [16, "row", None])
+def test_compiled_passes_whatever_the_groups_and_wherever_the_latents_lie(group_size):
+    model = torch.nn.Sequential(*(torch.nn.Linear(32, 32, bias=False) for _ in range(3)))
+    scores = {"0": 0.0, "1": 0.5, "2": 1.0}
+    plain = h.Hestia(copy.deepcopy(model), 9, group_size=group_size, tau_init=0.3, scores=scores)
+    qat = h.Hestia(model, 9, group_size=group_size, tau_init=0.3, scores=scores, compile=True)
+    for t in (1, 5, 8):
+        for w, W in zip(qat.latents.values(), plain.latents.values()):
+            if t == 8:  # no longer side by side
+                w.data = W.data.clone()
+            w.data.mul_(1.1)
+            W.data.mul_(1.1)
+        for own in (qat, plain):
+            own.relax(t)
+            for k, w in enumerate(own.weights.values()):
+                w.grad = randn(32, 32, seed=k, dtype=torch.float32)
+        torch.testing.assert_close([*qat.weights.values()], [*plain.weights.values()], rtol=1e-4, atol=1e-6)
+        qat.pull_back()
+        plain.pull_back()
+        found = [[w.grad for w in own.latents.values()] for own in (qat, plain)]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @needs_compiler
