@@ -637,7 +637,8 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
 
 
 class Step(NamedTuple):
-    """What a quantizer may know when it maps W to W_eff. p and tau are floats, or 0-dim tensors when compiled."""
+    """What a quantizer may know when it maps W to W_eff. p and tau are floats, or when compiled float32 tensors: 0-dim,
+    or (n_groups, 1), one number per group."""
 
     p: float
     tau: float
@@ -703,8 +704,8 @@ def _is_target(model):
 def _stack(tensors):
     """torch.stack, without a copy where the tensors, all of one shape, lie side by side in memory already."""
     x, size = tensors[0], tensors[0].numel()
-    begins = [(w.untyped_storage().data_ptr(), w.storage_offset() - k * size) for k, w in enumerate(tensors)]
-    return torch.stack(tensors) if len(set(begins)) > 1 else x.as_strided((len(tensors), *x.shape), (size, *x.stride()))
+    lie = {(w.untyped_storage().data_ptr(), w.storage_offset() - k * size, w.stride()) for k, w in enumerate(tensors)}
+    return torch.stack(tensors) if len(lie) > 1 else x.as_strided((len(tensors), *x.shape), (size, *x.stride()))
 
 
 class Hestia:
@@ -810,11 +811,6 @@ class Hestia:
                 self.owners[id(weight)][0].bias = self.biases[name]
             if dtype not in (None, weight.dtype):
                 self._replace(name, weight.detach().to(dtype))
-        if compile and self.slope:
-            for names in self._chunks():  # side by side in memory, for relax
-                latents = [self.latents[name] for name in names]
-                for w, copy in zip(latents, torch.stack([self._rows(w.detach(), w) for w in latents])):
-                    w.data = copy.view_as(w)
 
     def _replace(self, name, tensor):
         """A new Parameter in the model: a compiled model would not notice that the old one has another dtype."""
@@ -834,21 +830,21 @@ class Hestia:
         return w.shape[-1] if self.group_size == "row" else self.group_size
 
     def _rows(self, x, w):
-        """x, of W's shape, with groups for rows where the map acts on each alone: compiled, that is one pass over W,
-        and nothing of W's size is written down on the way."""
-        return x.reshape(-1, self._group_size(w) or w.numel()) if self.compile and self.slope else x  # (n_groups, g)
+        """x, of W's shape, with groups for rows where the map acts on each alone: compiled, that is one pass over W if
+        a group is short, and nothing of W's size is written down on the way."""
+        return _groups(x, self._group_size(w)) if self.compile and self.slope else x  # (n_groups, g)
 
     def _chunks(self):
         """Names of tensors that are mapped together: one by one, or compiled, up to eight of a shape, so that few
         programs, which are short, serve a deep model."""
         shapes = {}
         for name, w in self.latents.items():
-            key = (self._rows(w, w).shape, self.weights[name].dtype) if self.compile else name
+            key = (self._rows(w, w).shape, w.dtype, self.weights[name].dtype) if self.compile else name
             shapes.setdefault(key, []).append(name)
         return [names[k : k + 8] for names in shapes.values() for k in range(0, len(names), 8)]
 
     def _relax_stack(self, w, steps, dtype):
-        """W_eff of K tensors of one shape in one pass. w: (K, n, g); steps: (K, 8), each with p and tau; (K n, g)."""
+        """W_eff of K tensors of one shape in one pass, (K n, g). w: (K, n, g); steps: (K, 8), p and tau in 0 and 4."""
         K, n, g = w.shape
         p, tau = (steps[:, k, None].expand(K, n).reshape(K * n, 1) for k in (0, 4))  # for each group
         return self.quantizer.relax(w.view(K * n, g), Step(p, tau, g, self.codebook)).to(dtype)
@@ -871,17 +867,19 @@ class Hestia:
         chunks, relaxed, done = self._chunks(), [], 0
         steps = {name: self.step_of(t, name) for names in chunks for name in names}
         if self.compile:  # as tensors, or new numbers would compile anew; 16 bytes apart, as compiled code wants them
-            rows = torch.tensor([[s.p, 0, 0, 0, s.tau, 0, 0, 0] for s in steps.values()])  # (tensors, 8)
-            rows = rows.to(next(iter(self.latents.values())).device, non_blocking=True)
+            rows = torch.tensor([[s.p, 0, 0, 0, s.tau, 0, 0, 0] for s in steps.values()], dtype=torch.float32)
+            rows = rows.to(next(iter(self.latents.values())).device, non_blocking=True)  # (tensors, 8)
             steps = {name: s._replace(p=row[0], tau=row[4]) for (name, s), row in zip(steps.items(), rows)}
         for names in chunks:
             latents, own, shown, now = [[x[n] for n in names] for x in (self.latents, self.own, self.weights, steps)]
-            if self.compile and self.slope:
-                stack = _stack([self._rows(w.detach(), w) for w in latents])  # (K, n_groups, g)
-                effective = self._relax_stack(stack, rows[done : done + len(names)], shown[0].dtype).chunk(len(names))
-                done += len(names)
-            else:
-                with torch.set_grad_enabled(self.slope is None):
+            with torch.set_grad_enabled(self.slope is None):
+                if self.compile and self.slope:
+                    stack = _stack([self._rows(w.detach(), w) for w in latents])  # (K, n_groups, g)
+                    for w, part in zip(latents, stack):
+                        w.data = part.view_as(w)  # side by side from the first step on: then a stack is no copy
+                    effective = self._relax_stack(stack, rows[done : done + len(names)], shown[0].dtype)
+                    effective, done = effective.chunk(len(names)), done + len(names)
+                else:
                     effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
             for x, new in zip((*shown, *(self.biases[n] for n in names if self.biases)), effective):
                 x.data, x.grad = new.detach().view_as(x), None  # the map's own output: no copy

@@ -1469,36 +1469,29 @@ def test_the_compiled_passes_keep_nothing_of_ws_size():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_kernels_that_start_early_read_nothing_early():
-    model = torch.nn.Sequential(*(torch.nn.Linear(128 * (1 + k % 3), 512, bias=False) for k in range(40))).cuda()
+def test_a_kernel_that_starts_early_reads_nothing_early():
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(8))).cuda()
     plain = h.Hestia(copy.deepcopy(model), 40, tau_init=0.3)
     qat = h.Hestia(model, 40, tau_init=0.3, dtype=torch.bfloat16, compile=True)
-    wide, grads = torch.ones(4096, 4096, device="cuda"), [torch.randn_like(w) for w in qat.weights.values()]
-
-    def passes(t, own):
-        own.relax(t)
-        shown = [w.detach().clone() for w in own.weights.values()]
-        for w, G in zip(own.weights.values(), grads):
-            w.grad = G.to(w.dtype)
-        own.pull_back()
-        return [*shown, *(w.grad for w in own.latents.values())]
-
     for t in range(40):
-        torch.cuda.synchronize()
-        wide @ wide  # the host runs ahead of what follows, and the kernels come one upon the other
-        with torch.no_grad():
-            torch._foreach_mul_(list(qat.latents.values()), 0.9)  # what relax must wait for
-            torch._foreach_mul_(list(plain.latents.values()), 0.9)
-        found = passes(t, qat)
-        for x, y in zip(found, passes(t, plain)):
-            torch.testing.assert_close(x.float(), y, rtol=1e-2, atol=1e-6)
+        found = []
+        for own in (qat, plain):
+            with torch.no_grad():
+                torch._foreach_mul_(list(own.latents.values()), 0.9)
+            own.relax(t)
+            for w in own.weights.values():
+                w.grad = w.detach()  # what pull_back reads at once is what relax's kernel, the one before, has written
+            own.pull_back()
+            found.append([w.grad for w in own.latents.values()])
+        torch.testing.assert_close(*found, rtol=2e-2, atol=1e-5)
 
 
 def test_stack_copies_only_what_does_not_lie_side_by_side():
     whole = randn(3, 4, 5)
     rows = list(whole)
     for tensors, same in ((rows, True), (rows[1:], True), (rows[1:2], True), (rows[::-1], False), (rows[::2], False),
-                          ([rows[0], rows[1].clone()], False), ([rows[0], rows[0]], False)):  # fmt: skip
+                          ([rows[0], rows[1].clone()], False), ([rows[0], rows[0]], False),
+                          ([rows[0][:, :4], rows[1][:, :4].T], False)):  # fmt: skip
         stack = h._stack(tensors)
         assert torch.equal(stack, torch.stack(tensors))
         assert (stack.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) == same
@@ -1526,6 +1519,8 @@ def test_compiled_passes_whatever_the_groups_and_wherever_the_latents_lie(group_
         plain.pull_back()
         found = [[w.grad for w in own.latents.values()] for own in (qat, plain)]
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+        first = qat.latents["0"]  # side by side, or again so: the next relax copies nothing
+        assert h._stack([w.detach() for w in qat.latents.values()]).data_ptr() == first.data_ptr()
 
 
 @needs_compiler
@@ -3102,7 +3097,7 @@ def test_several_processes_find_what_one_finds(text, tmp_path):
 def test_the_readme_has_the_tables_that_the_results_print(capsys):
     readme = (Path(h.__file__).parent / "README.md").read_text()
     paths = re.findall(r"<!-- python train_tiny.py --show (\S+) -->", readme)
-    assert len(paths) == 6
+    assert len(paths) == 7
     for path, below in zip(paths, readme.split("<!-- python train_tiny.py --show ")[1:]):
         assert train_tiny.main(["--show", str(Path(h.__file__).parent / path)]) == 0
         printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
