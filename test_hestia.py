@@ -1487,11 +1487,11 @@ def test_a_kernel_that_starts_early_reads_nothing_early():
 
 
 def test_stack_copies_only_what_does_not_lie_side_by_side():
-    whole = randn(3, 4, 5)
+    whole = randn(3, 4, 4)
     rows = list(whole)
     for tensors, same in ((rows, True), (rows[1:], True), (rows[1:2], True), (rows[::-1], False), (rows[::2], False),
                           ([rows[0], rows[1].clone()], False), ([rows[0], rows[0]], False),
-                          ([rows[0][:, :4], rows[1][:, :4].T], False)):  # fmt: skip
+                          ([rows[0], rows[1].T], False)):  # fmt: skip
         stack = h._stack(tensors)
         assert torch.equal(stack, torch.stack(tensors))
         assert (stack.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()) == same
