@@ -864,21 +864,22 @@ class Hestia:
         if not 0 <= t < self.total_steps:
             raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}, as total_steps says")
         self._check_after_step()
-        chunks, relaxed, done = self._chunks(), [], 0
+        chunks, relaxed = self._chunks(), []
+        tables = [None] * len(chunks)
         steps = {name: self.step_of(t, name) for names in chunks for name in names}
         if self.compile:  # as tensors, or new numbers would compile anew; 16 bytes apart, as compiled code wants them
             rows = torch.tensor([[s.p, 0, 0, 0, s.tau, 0, 0, 0] for s in steps.values()], dtype=torch.float32)
             rows = rows.to(next(iter(self.latents.values())).device, non_blocking=True)  # (tensors, 8)
             steps = {name: s._replace(p=row[0], tau=row[4]) for (name, s), row in zip(steps.items(), rows)}
-        for names in chunks:
+            tables = rows.split([len(names) for names in chunks])
+        for names, table in zip(chunks, tables):
             latents, own, shown, now = [[x[n] for n in names] for x in (self.latents, self.own, self.weights, steps)]
             with torch.set_grad_enabled(self.slope is None):
                 if self.compile and self.slope:
                     stack = _stack([self._rows(w.detach(), w) for w in latents])  # (K, n_groups, g)
                     for w, part in zip(latents, stack):
                         w.data = part.view_as(w)  # side by side from the first step on: then a stack is no copy
-                    effective = self._relax_stack(stack, rows[done : done + len(names)], shown[0].dtype)
-                    effective, done = effective.chunk(len(names)), done + len(names)
+                    effective = self._relax_stack(stack, table, shown[0].dtype).chunk(len(names))
                 else:
                     effective = self._relax_some(latents, own, [weight.dtype for weight in shown], now)
             for x, new in zip((*shown, *(self.biases[n] for n in names if self.biases)), effective):

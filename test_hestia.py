@@ -3151,7 +3151,8 @@ def test_the_bench_measures_every_mode(tmp_path, capsys):
     rows = {row["mode"]: row for row in (json.loads(line.removeprefix("result ")) for line in lines)}
     assert len(rows) == 4 + 3 + 4 and all(row["ms"] > 0 for row in rows.values())
     assert all(0 < rows[m]["of_matrix_rate"] < 1 for m in ("absmean", "hestia", "naive", "plain"))
-    assert train_tiny.main(["--bench", "--modes", "magic"]) == 2
+    for bad in ("--modes magic", "--steps 0", "--accumulate 4 -1", "--tau nan"):
+        assert train_tiny.main(["--bench", *bad.split()]) == 2 and bad.split()[0] in capsys.readouterr().err
 
 
 def test_the_naive_forward_of_the_bench_is_hestias():

@@ -1696,6 +1696,10 @@ def bench(arguments):
         return bench_worker(args)
     if unknown := set(args.modes) - set(MODES):
         raise InputError(f"--modes: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(MODES)}")
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not isinstance(number, bool) and not 0 < number < math.inf:
+                raise InputError(f"--{name.replace('_', '-')} is {number}; expected a number above 0")
     rows = json.loads(Path(args.out).read_text()) if Path(args.out).exists() else []
     first = 1 + max((row["round"] for row in rows), default=-1)
     for turn in range(first, first + args.rounds):
@@ -1733,7 +1737,7 @@ def print_bench(rows):
         ratios = {mode: [ours[r["round"]] / r["ms"] for r in here if r["mode"] == mode and r["round"] in ours]
                   for mode in dict.fromkeys(row["mode"] for row in here if row["mode"] != "hestia")}  # fmt: skip
         if any(ratios.values()):
-            over = [f"{cell(ratio, '.3f')} times {MODES[mode]}" for mode, ratio in ratios.items() if ratio]
+            over = [f"{cell(ratio, '.3f')} times {MODES.get(mode, mode)}" for mode, ratio in ratios.items() if ratio]
             print("\nHESTIA's step takes " + "; ".join(over))
 
 
