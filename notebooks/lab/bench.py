@@ -1,0 +1,330 @@
+"""Section 5.5 as a command: what a training step costs, with HESTIA, the STE and without either.
+
+    python -m notebooks.lab.bench                        # a tiny model, minutes on two CPU cores
+    python -m notebooks.lab.bench --llama 1b             # the shapes of Llama-3.2-1B, on a GPU
+    python -m notebooks.lab.bench --llama 1b --modes full absmean hestia --gpus 2 --out two.json
+
+Modes take turns, each in a process of its own, with random tokens and weights:
+
+    full, absmean, hestia   methods of hestia.py through lab/fast.py
+    naive                   HESTIA as a softmax over all codes in every forward pass
+    plain                   no Hestia at all: float32 weights, autocast on a GPU
+    passes                  relax and pull_back alone, as shares of the rate of a copy
+    products                matrix products alone, with W as each method shows it
+"""
+
+import argparse
+import functools
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hestia
+from notebooks.lab import fast, parallel
+
+MODES = ("full", "absmean", "hestia", "naive", "plain", "passes", "products")
+SHAPES = {
+    "tiny": dict(vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
+                 num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0),
+    "1b": dict(),
+    "3b": dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
+}
+WARM_UP = 6  # steps that are not timed: the first five, and the last, which is logged
+
+
+def options():
+    """The parser. Its defaults suit the machine."""
+    cuda = torch.cuda.is_available()
+    about, _, more = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m notebooks.lab.bench", description=about,
+                                     epilog=more, formatter_class=argparse.RawTextHelpFormatter)
+
+    def add(name, default, help, **kind):
+        parser.add_argument("--" + name, default=default, help=f"{help} [{default}]", **kind)
+
+    def above_zero(kind):
+        def number(text):
+            if not 0 < kind(text) < math.inf:
+                raise argparse.ArgumentTypeError(f"{text} is not above 0")
+            return kind(text)
+        return number
+
+    integer, flag = dict(type=above_zero(int)), dict(action=argparse.BooleanOptionalAction)
+    add("llama", "tiny", "tiny, 1b or 3b (random weights), or a Hugging Face folder")
+    add("modes", MODES, "which of them", nargs="+", choices=MODES, metavar="MODE")
+    add("micro", 8 if cuda else 32, "sequences per micro-batch", **integer)
+    add("accumulate", [1, 4], "micro-batches per step and process", nargs="+", **integer)
+    add("group-size", 128 if cuda else 64, "weights per scale", **integer)
+    add("block-size", 1024 if cuda else 128, "tokens per sequence", **integer)
+    add("rounds", 3, "how often the modes take turns", **integer)
+    add("steps", 20 if cuda else 8, f"steps that are timed, beside {WARM_UP} others", **integer)
+    add("gpus", 1, "GPUs (or CPU processes) that share every batch", **integer)
+    add("tau", 0.3, "HESTIA's temperature at first; 0.001 is that of a training's last steps",
+        type=above_zero(float))
+    add("checkpointing", False, "of activations, layer by layer", **flag)
+    add("compile", cuda, "torch.compile, and fused passes", **flag)
+    add("out", "bench.json", "file of results; new ones are added")
+    parser.add_argument("--worker", choices=MODES, help=argparse.SUPPRESS)
+    return parser
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    args = options().parse_args(arguments)
+    if args.worker:
+        work(args)
+        return 0
+    out, failed = Path(args.out), 0
+    rows = json.loads(out.read_text()) if out.exists() else []
+    first = 1 + max((row["round"] for row in rows), default=-1)
+    for turn in range(first, first + args.rounds):
+        for mode in args.modes:
+            several = f"-m torch.distributed.run --standalone --nproc-per-node={args.gpus}".split()
+            command = [sys.executable, *(several if args.gpus > 1 else []), "-m",
+                       "notebooks.lab.bench", *arguments, "--worker", mode]
+            done = subprocess.run(command, capture_output=True, text=True)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("result ")]
+            found = [{"round": turn, **json.loads(line[7:])} for line in lines]
+            print(f"round {turn}, {mode}:", *(f"{row['ms']:.2f} ms" for row in found), flush=True)
+            if done.returncode:
+                failed, said = 1, done.stderr.splitlines() or ["it said nothing"]
+                why = next((line for line in said if "Error:" in line), said[-1])
+                print(f"bench: {mode} failed: {why}", file=sys.stderr, flush=True)
+            rows += found
+            whole = out.with_suffix(".tmp")  # out is never half written
+            whole.write_text(json.dumps(rows, indent=1) + "\n")
+            os.replace(whole, out)
+    from notebooks.lab import tables  # draws on matplotlib, which a worker does not need
+
+    tables.print_bench(rows)
+    return failed
+
+
+# --------------------------------------------------------------------------------------------------
+# Time on the device's own clock
+
+
+def now(device):
+    """A mark that the device passes when it gets there. The host does not wait."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(a, b):
+    """Milliseconds from one mark to another."""
+    if isinstance(a, float):
+        return 1e3 * (b - a)
+    b.synchronize()
+    return a.elapsed_time(b)
+
+
+def timed(device, *works, repeat=13):
+    """Median milliseconds of each work, done in turns. The first three turns are left out."""
+    turns = []
+    for _ in range(repeat):
+        marks = [now(device)]
+        for work in works:
+            work()
+            marks.append(now(device))
+        turns.append(marks)
+    return [float(np.median([between(marks[k], marks[k + 1]) for marks in turns[3:]]))
+            for k in range(len(works))]
+
+
+def ceilings(device, square):
+    """TFLOP/s of a product of matrices like `square`; GB/s of a copy, bytes read and written."""
+    source = torch.ones(1 << (30 if device.type == "cuda" else 25), device=device)
+    target = torch.empty_like(source)
+    product, copy = timed(device, lambda: square @ square.T, lambda: target.copy_(source))
+    return 2e-9 * len(square) ** 3 / product, 8e-6 * len(source) / copy
+
+
+# --------------------------------------------------------------------------------------------------
+# What is measured
+
+
+def softmax_per_forward(w, p, tau, q, group_size):
+    """Eqs. (7) to (9) by a softmax over a stacked codebook, whose every tensor autograd saves."""
+    gamma = hestia.absmean_scale(w, group_size)  # (n_groups, 1)
+    z = (w.view(-1, group_size) / gamma).unsqueeze(-1)  # (n_groups, g, 1)
+    pi = torch.softmax(-((z - q) ** 2) / tau, -1)  # (n_groups, g, K)
+    return (1 - p) * w + p * (gamma * (pi * q).sum(-1)).view_as(w)
+
+
+class NaiveLinear(nn.Linear):
+    """settings: p, tau and the codes, a tensor (2 + K,)."""
+
+    def forward(self, x):
+        p, tau, q = self.settings[0], self.settings[1], self.settings[2:]
+        return F.linear(x, softmax_per_forward(self.weight, p, tau, q, self.group_size))
+
+
+def work(args):
+    """One mode, in this process. Prints a line "result {...}" for everything it measured."""
+    cuda, mode = torch.cuda.is_available(), args.worker
+    if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        name = torch.cuda.get_device_name()
+    else:
+        device, name = torch.device("cpu"), f"CPU, {torch.get_num_threads()} threads"
+        torch.set_flush_denormal(True)  # gradients fade as tau falls, and denormal numbers are slow
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    fast.settle()
+    size, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+    square = torch.randn(size, size, device=device, dtype=dtype)
+    matrix_rate, copy_rate = ceilings(device, square)
+
+    if args.llama in SHAPES:
+        with device:
+            model = hestia.Llama(hestia.LlamaConfig(**SHAPES[args.llama]))
+    else:
+        model = hestia.load_llama(args.llama, torch.float32, device)
+    model, qat = fast.llama(model, args.checkpointing), None
+    settings = torch.tensor([0.5, 0.3, *hestia.TERNARY], device=device)  # p, tau and the codes
+    if mode == "naive":
+        for layer in hestia.linear_layers(model).values():
+            layer.__class__ = NaiveLinear
+            layer.settings, layer.group_size = settings, args.group_size
+    elif mode != "plain":
+        kind = fast.Hestia if args.compile else hestia.Hestia
+        method = mode if mode in hestia.METHODS else "hestia"
+        qat = kind(model, args.steps + WARM_UP, method=method, group_size=args.group_size,
+                   tau_init=args.tau, dtype=dtype)
+
+    setting = f"{args.gpus} x {name}, torch {torch.__version__}, {args.llama}"
+    setting += ", compiled" * args.compile + ", checkpointing" * args.checkpointing
+    setting += f", tau {args.tau:g}" * (args.tau != 0.3)
+    about = {"mode": mode, "setting": setting, "matrix_tflops": matrix_rate,
+             "copy_gb_per_s": copy_rate}
+    if mode == "passes":
+        rows = passes(qat, device, square, settings, copy_rate)
+    elif mode == "products":
+        rows = products(qat, device)
+    else:
+        with parallel.together(cuda) if args.gpus > 1 else nullcontext():
+            rows = training(args, model, qat, settings, about)
+    if int(os.environ.get("RANK", 0)) == 0:
+        for row in rows:
+            print("result " + json.dumps({**about, **row}))
+
+
+def training(args, model, qat, settings, about):
+    """A row for every accumulation: what a step of hestia.train took."""
+    c, device, steps = model.config, settings.device, args.steps + WARM_UP
+    weights = [layer.weight for layer in (*hestia.linear_layers(model).values(), model.lm_head)]
+    flops = 6 * sum(w.numel() for w in weights)  # per token; then those of causal attention
+    flops += 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * args.block_size
+    tokens = torch.randint(c.vocab_size, (1 << 20,), device=device, dtype=torch.int32)
+    model, backward, rows = torch.compile(model) if args.compile else model, hestia.backward, []
+    if args.gpus > 1:
+        model, backward = parallel.wrap(model, qat), parallel.backward
+    for accumulate in args.accumulate:
+        marks, memory = [], []
+
+        def on_step(t, record, marks=marks, memory=memory):
+            marks.append(now(device))
+            p = hestia.pressure(t, steps, 0.2)
+            tau = hestia.base_temperature(t, steps, 0.2, args.tau)
+            settings[:2].copy_(torch.tensor([p, tau]), non_blocking=True)
+            if t == WARM_UP - 2 and device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            if t == steps - 2:
+                memory.append(peak_memory(device) / 2**30)
+
+        batch, update = args.micro * accumulate * args.gpus, fast.Update()
+        hestia.train(model, tokens, steps=steps, batch_size=batch, block_size=args.block_size,
+                     lr=1e-4, qat=qat, micro_batches=accumulate, backward=backward, update=update,
+                     on_step=on_step, log_every=steps)
+        update.flush()
+        # from the end of the last step of the warm-up to the end of the one before the last
+        laps = [between(a, b) for a, b in zip(marks[WARM_UP - 2 : -2], marks[WARM_UP - 1 : -1])]
+        ms = float(np.median(laps))
+        rate = 1e3 * batch * args.block_size / ms
+        share = 1e-12 * rate * flops / args.gpus / about["matrix_tflops"]
+        micro = f"{args.micro} x {args.block_size} tokens x {accumulate}"
+        rows.append({"setting": f"{about['setting']}, {micro}", "ms": ms, "laps": laps,
+                     "tokens_per_s": rate, "GiB": memory[0], "tflops": 1e-12 * rate * flops,
+                     "of_matrix_rate": share})
+    return rows
+
+
+def peak_memory(device):
+    """Bytes: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    from resource import RUSAGE_SELF, getrusage  # not on Windows
+
+    return 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+
+
+def passes(qat, device, square, settings, copy_rate):
+    """relax and pull_back alone: bytes that must be read and written, over time. Then autograd
+    through a softmax over a stacked codebook, in eager mode."""
+    weights, latents = [layer.weight for layer in qat.layers.values()], list(qat.latents.values())
+    grads = [torch.randn_like(w) for w in weights]
+
+    def ahead():  # products to wait for: a GPU's host is then ahead of it, as it is in training
+        for _ in range(20 if device.type == "cuda" else 0):
+            square @ square
+
+    def give(to, grads):
+        for w, grad in zip(to, grads):
+            w.grad = grad
+
+    def stacked():
+        for w, grad in zip(latents, grads):
+            W_eff = softmax_per_forward(w, settings[0], settings[1], settings[2:], qat.group_size)
+            W_eff.to(grad.dtype).backward(grad)
+
+    _, relax, _, pull = timed(device, ahead, lambda: qat.relax(1), lambda: give(weights, grads),
+                              qat.pull_back)
+    _, naive = timed(device, lambda: give(latents, [None] * len(latents)), stacked, repeat=6)
+    n, narrow, rows = sum(w.numel() for w in latents), weights[0].element_size(), []
+    for mode, ms, size in (("relax alone", relax, 4 + narrow),
+                           ("pull_back alone", pull, 8 + narrow),
+                           ("both by a stacked softmax, eager", naive, 12 + 2 * narrow)):
+        rows.append({"mode": mode, "ms": ms, "of_copy_rate": 1e-6 * n * size / ms / copy_rate})
+    return rows
+
+
+def products(qat, device):
+    """A batch times the largest W and a gradient times it, with W as it is and as methods show it.
+
+    At its power limit a GPU multiplies faster what takes less power.
+    """
+    name = max(qat.latents, key=lambda name: qat.latents[name].numel())
+    w, dtype, g = qat.latents[name].detach(), qat.layers[name].weight.dtype, qat.group_size
+    shown = {"W": w, "H(W; 0.3)": hestia.soft_quantize(w, 0.3, g),
+             "H(W; 0.05)": hestia.soft_quantize(w, 0.05, g), "Q(W)": hestia.quantize(w, g)}
+    tokens, pairs = (8192, 300) if device.type == "cuda" else (256, 1)
+    x, dy = [torch.randn(tokens, n, device=device, dtype=dtype) for n in (w.shape[1], w.shape[0])]
+
+    def multiply(v):
+        for _ in range(pairs):
+            x @ v.T, dy @ v
+
+    works = []
+    for v in shown.values():  # twice each: the power settles in the first
+        works += [functools.partial(multiply, v.to(dtype))] * 2
+    times = [ms / pairs for ms in timed(device, *works, repeat=9)[1::2]]
+    return [{"mode": f"products with {name}", "ms": ms, "tflops": 4e-9 * tokens * w.numel() / ms}
+            for name, ms in zip(shown, times)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
