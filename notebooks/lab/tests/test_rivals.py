@@ -1,0 +1,380 @@
+"""Checks of notebooks/lab/rivals.py: worked examples, closed forms, autograd, short trainings."""
+
+import copy
+import math
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import hestia
+from notebooks.lab import fast, rivals
+
+W = [-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]  # the worked example: mean|w| = 3.5 / 6
+G = [1.0, -2.0, 3.0, 0.5, -1.0, 2.0]  # dL/dW_eff for its gradients
+GAMMA = 3.5 / 6
+STEP = hestia.Step(p=1.0, tau=0.3, group_size=None, codebook=hestia.TERNARY)
+
+
+def f64(x):
+    return torch.tensor(x, dtype=torch.float64)
+
+
+def close(a, b, atol=1e-5):
+    return torch.allclose(a, b, rtol=0, atol=atol)
+
+
+def tiny_llama(seed=0):
+    torch.manual_seed(seed)
+    return hestia.Llama(hestia.LlamaConfig(
+        vocab_size=17, hidden_size=8, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1))
+
+
+def made(row, rows=1, group_size=6, steps=10, lr=1e-3, **settings):
+    """(W, on_step) of a row around one layer whose rows all hold the worked example."""
+    model = nn.Sequential(nn.Linear(6, rows, bias=False))
+    model[0].weight.data = torch.tensor([W] * rows)
+    line = {**rivals.ROWS[row], "scratch": False}
+    qat, more = rivals.make(row, model, steps, lr, line, group_size=group_size, **settings)
+    return qat, more.get("on_step")
+
+
+# -- Methods of W alone, and learned numbers -------------------------------------------------------
+
+ABSMEAN = [-GAMMA, -GAMMA, -GAMMA, 0, GAMMA, GAMMA]
+TWO_BIT = [-0.875, -0.875, -0.875 / 3, 0.875 / 3, 0.875 / 3, 0.875]
+INSIDE = [0, -2, 3, 0.5, -1, 2]  # G, where the first weight lies outside of the grid
+DGE, DAQ = [0, 0, 3, 0.279835, 0.441702, 0], [0, 0, 0.582577, 0.405646, 0.463223, 0]
+DSQ = [0, 0, 1.371913, 0.848591, 1.167783, 0]
+EXAMPLES = [  # method, what it learns, W_eff, dL/dW, dL/d of what it learns
+    ("twn", {}, [-0.9, -0.9, 0, 0, 0, 0.9], G, {}),
+    ("int2-absmax", {}, [-1.2, 0, 0, 0, 0, 1.2], G, {}),
+    ("tequila", {}, ABSMEAN, G, {}),
+    ("dge", {}, ABSMEAN, [g * slope for g, slope in zip(G, DGE)], {}),
+    ("daq", {}, ABSMEAN, [g * slope for g, slope in zip(G, DAQ)], {}),
+    ("dsq", {}, [-GAMMA, -GAMMA, -0.303107, 0.066313, 0.432695, GAMMA],
+     [g * slope for g, slope in zip(G, DSQ)], {}),
+    ("lsq", {"scale": 2 * GAMMA}, [-2 * GAMMA, -2 * GAMMA, 0, 0, 0, 2 * GAMMA], INSIDE,
+     {"scale": 0.612372}),
+    ("lsq", {"scale": GAMMA}, ABSMEAN, [0, 0, 3, 0.5, -1, 0], {"scale": 0.466569}),
+    ("lsq", {"scale": 1.2}, [-1.2, 0, 0, 0, 0, 1.2], G, {"scale": 0.221135}),
+    ("seq", {"scale": 1.2}, [-0.8, -0.8, 0, 0, 0, 0.8], INSIDE, {"scale": 0.221135}),
+    ("seq", {"scale": 0.8}, [-1.6 / 3] * 3 + [0] + [1.6 / 3] * 2, [0, -2, 3, 0.5, -1, 0],
+     {"scale": -0.246650}),
+    ("dlt", {"scale": 0.9, "shift": 0.05}, [-0.85, -0.85, 0.05, 0.05, 0.05, 0.95],
+     [0.9, -1.8, 3, 0.5, -1, 1.8], {"scale": 3.0, "shift": 3.5}),
+]
+
+
+@pytest.mark.parametrize("method, own, value, gradient, slopes", EXAMPLES)
+def test_each_method_by_its_worked_example(method, own, value, gradient, slopes):
+    w = f64([W]).requires_grad_()
+    own = {key: f64([start]).requires_grad_() for key, start in own.items()}
+    W_eff = hestia.METHODS[method].relax(w, STEP, **own)
+    W_eff.backward(f64([G]))
+    assert close(W_eff, f64([value])) and close(w.grad, f64([gradient]))
+    assert all(close(own[key].grad, f64([slope])) for key, slope in slopes.items())
+
+
+@pytest.mark.parametrize("row, value", [("int2", TWO_BIT), ("llm-qat", TWO_BIT), ("cage", ABSMEAN),
+                                        ("bitnet", ABSMEAN), ("spectra", ABSMEAN)])
+def test_rows_of_the_straight_through_estimator(row, value):
+    qat, _ = made(row, rows=2)
+    qat.latents["0"].data[1] *= 3
+    qat.relax(0)
+    weight = qat.model[0].weight
+    if row in ("bitnet", "spectra"):  # one scale for both rows, 2 gamma
+        value = [-2 * GAMMA, -2 * GAMMA, 0, 0, 0, 2 * GAMMA]
+    assert close(weight[0], torch.tensor(value))
+    weight.grad = torch.tensor([G, G])
+    qat.pull_back()
+    assert torch.equal(qat.latents["0"].grad, torch.tensor([G, G]))
+
+
+def test_learned_numbers_start_where_the_papers_say():
+    start = lambda row: made(row, rows=2, group_size=3)[0].own["0"]
+    assert start("lsq")["scale"].tolist() == pytest.approx([1.4, 2.8 / 3] * 2)  # 2 mean|w|
+    assert start("seq")["scale"].tolist() == pytest.approx([1.2, 0.9] * 2)  # max|w|
+    # the threshold 0.7 mean|w| is 0.49, which 1.2 and 0.6 pass, and 0.327, which 0.4 and 0.9 pass
+    assert start("dlt")["scale"].tolist() == pytest.approx([0.9, 0.65] * 2)
+    assert start("dlt")["shift"].tolist() == [0] * 4
+
+
+def test_a_learned_scale_that_fell_to_its_floor_can_rise_again():
+    for relax in (rivals.relax_lsq, rivals.relax_seq):
+        scale = f64([-1e-3]).requires_grad_()
+        relax(f64([W]), STEP, scale).backward(f64([G]))
+        assert scale.grad.abs() > 0.1
+
+
+@pytest.mark.parametrize("row, numbers", [("lsq", 1), ("seq", 1), ("dlt", 2)])
+def test_learned_numbers_are_trained_without_weight_decay(row, numbers):
+    model = tiny_llama()
+    qat, _ = rivals.make(row, model, 4, 1e-3, group_size=4)
+    matrices, vectors = hestia.adamw(qat.parameters(), 1e-3).param_groups
+    own = [x for own in qat.own.values() for x in own.values()]
+    assert len(own) == numbers * len(qat.layers) and vectors["weight_decay"] == 0
+    assert all(any(x is p for p in vectors["params"]) for x in own)
+    assert len(matrices["params"]) == len(qat.layers) + 1  # and the embedding
+    before, tokens = copy.deepcopy(own), torch.arange(99) % 17
+    hestia.train(model, tokens, steps=4, batch_size=2, block_size=8, lr=1e-3, qat=qat)
+    assert not any(torch.equal(x, old) for x, old in zip(own, before))
+
+
+def test_codes_are_places_in_the_grid_of_the_method():
+    for row, codes in {"twn": [-2, -2, 0, 0, 0, 2], "lsq": [-2, -2, 0, 0, 0, 2],
+                       "int2-absmax": [-2, 0, 0, 0, 0, 2]}.items():
+        assert made(row)[0].codes()["0"].tolist() == [codes], row
+
+
+# -- Tequila ---------------------------------------------------------------------------------------
+
+
+def test_tequila_moves_dead_weights_through_the_bias():
+    qat, _ = made("tequila")
+    qat.relax(0)
+    y = qat.model(torch.tensor([[1.0, 2.0, -1.0, 0.5, 1.0, -2.0]]))
+    assert y.item() == pytest.approx(-1.75 + 1e-4, abs=1e-6)  # the weight 0.1 is dead
+    y.backward()
+    qat.pull_back()
+    assert close(qat.latents["0"].grad, torch.tensor([[1, 2, -1, 0.501, 1, -2]]), 1e-6)
+    assert qat.model[0].bias.grad is None and len(qat.parameters()) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bias_of_tequila_is_that_of_the_weights_shown(dtype):
+    qat, _ = made("tequila", dtype=dtype)
+    layer, bias = qat.model[0], lambda: qat.model[0].bias.item()
+    qat.relax(0)
+    assert bias() == pytest.approx(1e-4, rel=4e-3) and layer.bias.dtype == dtype
+    qat.latents["0"].data.mul_(2)
+    with pytest.raises(KeyError), qat.hard():
+        assert bias() == pytest.approx(2e-4, rel=4e-3)
+        raise KeyError
+    assert bias() == pytest.approx(1e-4, rel=4e-3)
+    qat.model(torch.ones(1, 6, dtype=dtype)).sum().backward()
+    qat.pull_back()
+    assert qat.latents["0"].grad[0, 3].item() == pytest.approx(1.001)
+    qat.harden()
+    assert bias() == pytest.approx(2e-4, rel=1e-6) and layer.bias.dtype == torch.float32
+
+
+def test_a_llama_with_the_biases_of_tequila_is_saved_and_loaded(tmp_path):
+    pytest.importorskip("safetensors")
+    model, ids = tiny_llama(), torch.arange(9)[None]
+    config = model.config
+    rivals.make("tequila", model, 2, 1e-3, group_size=4)[0].harden()
+    again = hestia.load_llama(hestia.save_llama(model, tmp_path / "tequila"), torch.float32)
+    assert torch.equal(again(ids), model(ids)) and again.config.attention_bias
+    assert again.model.layers[0].mlp.up_proj.bias.abs().max() > 0
+    assert not config.mlp_bias  # which another model may have
+
+
+# -- Fairy2i ---------------------------------------------------------------------------------------
+
+
+def test_fairy2i_is_lossless_in_complex_form():
+    torch.manual_seed(0)
+    R, x = torch.randn(8, 14, dtype=torch.float64), torch.randn(14, dtype=torch.float64)
+    U, V = rivals.widely_linear(R)
+    z = torch.complex(x[:7], x[7:])
+    y = U @ z + V @ z.conj()
+    assert close(torch.cat([y.real, y.imag]), R @ x, 1e-12)
+    A = f64([[-1.2, -0.6], [-0.3, 0.1]])  # one entry per complex matrix: two stages are exact
+    assert close(rivals.fairy(A), A, 1e-12)
+
+
+def test_unit_codes_by_their_worked_example():
+    C = torch.complex(f64([-1.2, -0.3, 0.4]), f64([-0.6, 0.1, 0.9]))
+    stages = {0.0: [([-0.75, -0.75, 0], [0, 0, 0.9]), ([-0.75, -0.325, 0.425], [-0.6, 0, 0.9])],
+              0.3: [([-0.725048, -0.744198, 0.015701], [-0.029938, 0.006946, 0.881153]),
+                    ([-0.840537, -0.330925, 0.429698], [-0.441072, 0.008253, 0.881316])]}
+    for tau, expected in stages.items():
+        total = torch.zeros_like(C)
+        for re, im in expected:
+            total = total + rivals.unit_codes(C - total, tau)
+            assert close(torch.view_as_real(total), torch.stack([f64(re), f64(im)], -1)), tau
+        matrix = lambda C: torch.cat([torch.cat([C.real, -C.imag]), torch.cat([C.imag, C.real])])
+        assert close(rivals.fairy(matrix(C).view(2, 6), tau), matrix(total).view(2, 6))  # V = 0
+
+
+def test_both_rows_of_fairy2i_end_at_sums_of_two_units():
+    torch.manual_seed(0)
+    w, hard = torch.randn(8, 14), []
+    for row in ("fairy2i", "fairy2i-hestia"):
+        model = nn.Sequential(nn.Linear(14, 8, bias=False))
+        model[0].weight.data = w.clone()
+        qat, _ = rivals.make(row, model, 400, 1e-3, tau_init=0.3)
+        qat.relax(0)
+        assert torch.equal(model[0].weight, w) == (row == "fairy2i-hestia")  # at pressure 0
+        model[0].weight.grad = torch.ones(8, 14)
+        qat.pull_back()
+        assert torch.equal(qat.latents["0"].grad, torch.ones(8, 14))
+        late = qat.effective(399, "0")
+        qat.harden()
+        hard.append(model[0].weight.detach())
+        assert (late - hard[-1]).abs().mean() < 1e-3
+    assert torch.equal(*hard)
+    for C in rivals.widely_linear(hard[0]):  # 28 entries, and 4 x 4 sums at most
+        assert 4 < len((torch.view_as_real(C.flatten()) * 1e4).round().unique(dim=0)) <= 16
+
+
+# -- What rows bring to the loop -------------------------------------------------------------------
+
+
+def test_cage_is_silent_and_then_pulls():
+    qat, on_step = made("cage", steps=20)
+    w, before = qat.latents["0"], torch.tensor([W])
+    for t in range(17):
+        on_step(t, None)
+    assert torch.equal(w, before)  # in the first four fifths, and where the ramp begins
+    on_step(19, None)  # three quarters of the ramp, and 0.1 + 0.9 / 2 of the rate
+    pull = torch.tensor([[0.006167, 0.000167, -0.002833, -0.001, 0.001833, -0.003167]])
+    assert close(w - before, 0.75 * 0.55 * pull, 1e-6)
+
+
+def test_stochastic_rounding_has_the_right_mean():
+    qat, on_step = made("stochastic")
+    w, scale = qat.latents["0"], torch.tensor(GAMMA).bfloat16().item()
+    qat.relax(0)
+    assert close(qat.model[0].weight, scale / GAMMA * torch.tensor([ABSMEAN]))  # it starts there
+    proposal, mean = torch.tensor([[-0.5333, -0.6833, -0.3833, 0.3, -0.0167, 1.2833]]), 0
+    draws = {}
+    for t in (*range(2000), 7):  # as in a resumed run, step 7 comes again
+        w.data.copy_(proposal)
+        on_step(t, None)
+        assert set(w.flatten().tolist()) <= {-scale, 0.0, scale}
+        assert torch.equal(w, draws.setdefault(t, w.detach().clone()))
+        mean = mean + w.detach() / 2001
+    assert close(mean, proposal.clamp(-scale, scale), 4 * 0.5 * scale / 2000**0.5)
+
+
+@pytest.mark.parametrize("weight, micro_batches", [(1.0, 1), (1.0, 4), (0.25, 2)])
+def test_distillation_by_its_worked_number_and_its_gradient(weight, micro_batches):
+    theirs, ours = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.5, 0.0], requires_grad=True)
+    teacher, student = (lambda x, z=z: z.expand(len(x), 1, 3) for z in (theirs, ours))
+    x, y = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1, dtype=torch.long)
+    loss = rivals.distilled(teacher, student, x, y, micro_batches, weight)
+    p, q = torch.softmax(theirs, 0), torch.softmax(ours.detach(), 0)
+    expected = weight * 0.255111 - (1 - weight) * math.log(q[1])
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    gradient = weight * (q - p) + (1 - weight) * (q - torch.tensor([0.0, 1.0, 0.0]))
+    assert close(ours.grad, gradient, 1e-6)
+
+
+def test_distillation_learns_from_the_model_as_it_was():
+    model, ids = tiny_llama(), torch.arange(10).view(2, 5)
+    for p in model.parameters():
+        p.data *= 10  # so that it is sure of something
+    before = copy.deepcopy(model)
+    qat, more = rivals.make("cage", model, 4, 1e-3, group_size=4, distill=0.3)
+    qat.relax(0)
+    p, q = (torch.log_softmax(m(ids).double(), -1) for m in (before, model))
+    kl = nn.functional.kl_div(q, p, log_target=True, reduction="sum") / ids.numel()
+    expected = 0.3 * kl + 0.7 * model(ids, ids)
+    weight = model.model.layers[0].mlp.up_proj.weight
+    (gradient,) = torch.autograd.grad(expected, weight)
+    assert more["backward"](model, ids, ids, 2).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert close(weight.grad, gradient, 1e-4) and weight.grad.abs().max() > 0.1
+    assert kl > 0.01 and all(p.grad is None for p in more["backward"].args[0].parameters())
+    model.no_sync = nullcontext  # a model in DDP has this, and lab/parallel asks for it
+    rivals.distilled(before, model, ids, ids, backward=lambda loss, *rest: loss.no_sync())
+
+
+def test_the_schedule_of_spectra():
+    p = nn.Parameter(torch.ones(2, 2))
+    _, more = rivals.make("spectra", tiny_llama(), 12, 1e-3)
+    optimizer, seen = hestia.adamw([p], 1e-3), []
+    for t in range(12):
+        if t == 7:  # a run is resumed
+            state = optimizer.state_dict()
+            optimizer = hestia.adamw([p], 1e-3)
+            optimizer.load_state_dict(state)
+        group = optimizer.param_groups[0]
+        group["lr"], p.grad = 1.0, torch.ones(2, 2)
+        more["update"](optimizer, torch.tensor(1.0), torch.tensor(2.0), 1.0)
+        seen.append((group["lr"], group["weight_decay"]))
+    assert seen == [(1.0, 0.1)] * 6 + [(0.69, 0.1)] * 2 + [(0.69, 0.0)] * 4
+    with pytest.raises(hestia.Diverged):
+        more["update"](optimizer, torch.tensor(math.nan), torch.tensor(2.0), 1.0)
+
+
+def test_rows_from_scratch_forget_the_weights_they_are_given():
+    model, other = tiny_llama(), tiny_llama(seed=1)
+    torch.manual_seed(1)
+    qat, more = rivals.make("bitnet", model, 4, 1e-3)
+    assert not more and all(torch.equal(w, other.get_submodule(name).weight)
+                            for name, w in qat.latents.items())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# -- All rows --------------------------------------------------------------------------------------
+
+
+def test_rows_without_a_class_of_their_own_can_be_fast():
+    for row, cls in {"hestia": fast.Hestia, "int2": fast.Hestia, "lsq": rivals.Learned}.items():
+        settings = dict(group_size=4, tau_init=0.3, compile=True, distill=False)
+        qat, more = rivals.make(row, tiny_llama(), 4, 1e-3, **settings)
+        assert type(qat) is cls and not more
+
+
+@pytest.mark.parametrize("row, codebook, reason", [
+    ("dge", hestia.BINARY, "dge has the codebook"), ("twn", hestia.TWO_BIT, "twn has the codebook"),
+    ("tern", hestia.TERNARY, "unknown row 'tern'; expected one of full"),
+    ("fairy2i", hestia.TERNARY, "1 has an odd side"), ("tequila", hestia.TERNARY, "1 has a bias")])
+def test_what_rows_refuse(row, codebook, reason):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3))
+    with pytest.raises(ValueError, match=reason):
+        rivals.make(row, model, 4, 1e-3, group_size=4, codebook=codebook, dtype=torch.bfloat16)
+    assert model[0].bias is None and model[0].weight.dtype == torch.float32  # nothing was changed
+
+
+def test_bits_per_weight_by_hand():
+    three, model = math.log2(3), nn.Sequential(nn.Linear(32, 16, bias=False))
+    bits = {"hestia-binary": 1 + 1, "int2": 2 + 1, "lsq": three + 1, "dlt": three + 2,
+            "tequila": three + 1 + 0.5, "fairy2i": 2 + 1 / 4, "llm-qat": 2 + 0.5,
+            "bitnet": three + 1 / 32, "cage": three + 1}
+    for row, expected in bits.items():
+        line = {**rivals.ROWS[row], "scratch": False}
+        qat, _ = rivals.make(row, copy.deepcopy(model), 4, 1e-3, line, group_size=16)
+        assert rivals.bits_per_weight(qat) == pytest.approx(expected), row
+
+
+@pytest.mark.parametrize("row, lost", [("int2", 1 / 12), ("twn", 6 / 12)])
+def test_a_weight_that_is_not_on_the_grid_is_seen(row, lost):
+    qat, _ = made(row, rows=2)
+    qat.harden()
+    assert rivals.on_grid(qat) == 1
+    qat.model[0].weight.data[0, 3] = 0.123
+    assert rivals.on_grid(qat) == pytest.approx(1 - lost)
+
+
+@pytest.mark.parametrize("row", rivals.ROWS)
+def test_every_row_trains_and_hardens(row):
+    model, losses, tokens = tiny_llama(), [], torch.arange(200) % 17
+    qat, more = rivals.make(row, model, 6, 3e-3, group_size=4, tau_init=0.3)
+    before, hook = copy.deepcopy(qat.latents), more.pop("on_step", lambda t, record: None)
+
+    def on_step(t, record):
+        hook(t, record)
+        losses.append(record["loss"])
+
+    hestia.train(model, tokens, steps=6, batch_size=4, block_size=8, lr=3e-3, qat=qat, log_every=1,
+                 on_step=on_step, **more)
+    assert len(losses) == 6 and all(map(math.isfinite, losses))
+    assert row == "llm-qat" or losses[-1] < losses[0]  # its teacher is what it was: it starts at 0
+    assert not any(torch.equal(w, before[name]) for name, w in qat.latents.items())
+    with qat.hard():
+        hard = hestia.evaluate(model, tokens, 16)
+    qat.harden()
+    assert hestia.evaluate(model, tokens, 16) == pytest.approx(hard, abs=1e-6)
+    fairy = "fairy" in row
+    assert rivals.on_grid(qat) == (None if fairy else 1) and row in rivals.LABELS
+    for name, layer in qat.layers.items():
+        size = qat.step_of(0, name).group_size or layer.weight.numel()
+        for group in layer.weight.detach().reshape(-1, size):
+            assert fairy or len(group.unique()) <= len(qat.codebook)
+        narrow = layer.weight.bfloat16().float()  # which holds all levels but 1.5 gamma
+        assert fairy or len(qat.codebook) == 4 or torch.equal(layer.weight, narrow)
