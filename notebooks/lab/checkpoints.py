@@ -1,0 +1,281 @@
+"""Other formats in and out: packed and Meta's; what is written is read back and compared.
+
+    python -m notebooks.lab.checkpoints SOURCE TARGET             # to a plain Hugging Face folder
+    python -m notebooks.lab.checkpoints SOURCE TARGET --packed    # to two bits per ternary weight
+
+SOURCE is a folder of any of the three formats:
+
+    plain    config.json, model.safetensors            hestia.load_llama and save_llama
+    packed   the same, codes in place of weights       load, save_packed
+    Meta's   params.json, consolidated.00.pth          load
+
+The packed layout is compressed-tensors' "pack-quantized" with 2 bits, which transformers loads. At
+group size 128 it takes 2.125 bits per weight. Nothing in a checkpoint is executed.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import hestia
+
+# --------------------------------------------------------------------------------------------------
+# packed: two bits per weight
+
+
+def pack_ternary(w, group_size):
+    """Ternary weights (out, in) as codes of two bits, and the scales.
+
+    Returns codes, int32 (out, ceil(in / 16)), code t as t + 2 from the lowest bits up; and gamma,
+    (out, groups), such that w = gamma * t. group_size=None: one group per row. ValueError where a
+    group holds more than {-gamma, 0, +gamma}.
+
+    >>> w = torch.tensor([[0.5, -0.5, 0.0, 0.5, 0.25, 0.0, 0.0, -0.25]])
+    >>> codes, gamma = pack_ternary(w, 4)
+    >>> gamma, bin(int(codes))  # read from the right: 11 is +1, 01 is -1, 10 is 0
+    (tensor([[0.5000, 0.2500]]), '0b110101111100111')
+    >>> torch.equal(unpack_ternary(codes, gamma, 8), w)
+    True
+    """
+    out, width = w.shape
+    group_size = group_size or width
+    groups = hestia._groups(w, group_size).view(out, -1, group_size)  # (out, groups, g)
+    gamma, t = groups.abs().amax(-1), groups.sign()  # (out, groups), (out, groups, g)
+    if not torch.equal(gamma.unsqueeze(-1) * t, groups):
+        raise ValueError(f"not ternary in groups of {group_size}; expected only -gamma, 0, +gamma")
+    bits = F.pad(t.view(out, width).long() + 2, (0, -width % 16)).view(out, -1, 16)
+    codes = (bits << torch.arange(0, 32, 2, device=w.device)).sum(-1)  # (out, ceil(in / 16))
+    return (codes - (codes >> 31 << 32)).int(), gamma  # the highest bit is int32's sign
+
+
+def unpack_ternary(codes, gamma, width):
+    """The weights (out, width) from what pack_ternary returned, exactly, in gamma's dtype."""
+    t = (codes.unsqueeze(-1) >> torch.arange(0, 32, 2, device=codes.device)) & 3
+    t = t.flatten(1)[:, :width].reshape(*gamma.shape, -1) - 2  # (out, groups, g)
+    return (gamma.unsqueeze(-1) * t.to(gamma.dtype)).view(len(codes), width)
+
+
+def save_packed(model, path, group_size=128):
+    """Write a folder of two bits per linear weight, read it back and compare. Returns the path.
+
+    group_size: weights that share a scale; None for one scale per row. All that is not a linear
+    weight is as in hestia.save_llama. The folder appears whole or not at all. FileExistsError if it
+    holds something; ValueError names a tensor that is not ternary in these groups.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path, packed = Path(path), {}
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} is not an empty folder; name another, or remove it")
+    for name, layer in hestia.linear_layers(model).items():
+        w = layer.weight.detach().cpu().float()
+        try:
+            codes, gamma = pack_ternary(w, group_size)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        narrow = gamma.bfloat16()  # exact after harden()
+        packed[name + ".weight_packed"] = codes
+        packed[name + ".weight_scale"] = narrow if torch.equal(narrow.float(), gamma) else gamma
+        packed[name + ".weight_shape"] = torch.tensor(w.shape)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as aside:
+        plain = hestia.save_llama(model, Path(aside) / "plain")
+        made = Path(aside) / path.name
+        shutil.copytree(plain, made, ignore=shutil.ignore_patterns("*.safetensors"))
+        config = json.loads((plain / "config.json").read_text())
+        config["quantization_config"] = _quantization(group_size)
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        tensors = load_file(plain / "model.safetensors")
+        for name in hestia.linear_layers(model):
+            del tensors[name + ".weight"]
+        save_file(tensors | packed, made / "model.safetensors", metadata={"format": "pt"})
+        del tensors, packed
+        _, written = _read_packed(made, config)
+        for name, p in model.named_parameters():  # without a tied head
+            if not torch.equal(written[name].float(), p.detach().cpu().float()):
+                raise RuntimeError(f"{name} reads back differently; {path} was not made")
+        os.replace(made, path)
+    return path
+
+
+def _quantization(group_size):
+    """What config.json says of packed weights, in compressed-tensors' words."""
+    scheme = {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False,
+              "strategy": "group" if group_size else "channel", "group_size": group_size}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized",
+            "quantization_status": "compressed", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}}}
+
+
+def _read_packed(folder, raw):
+    """(config.json, {name: tensor}) of the plain folder that a packed one stands for."""
+    from safetensors.torch import load_file
+
+    described = raw["quantization_config"]
+    try:
+        (group,) = described["config_groups"].values()
+        scheme = group["weights"]
+        group_size = scheme.get("group_size")
+        known = described["format"] == "pack-quantized" and scheme["symmetric"]
+        known = known and (scheme["num_bits"], scheme["type"]) == (2, "int")
+        known = known and (group_size is None or group_size > 0)
+    except (TypeError, KeyError, AttributeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(f"{folder} is quantized otherwise than by save_packed; expected "
+                         "pack-quantized weights of 2 bits, symmetric, with one group size")
+    tensors = load_file(folder / "model.safetensors")
+    for name in [n.removesuffix("_packed") for n in tensors if n.endswith(".weight_packed")]:
+        codes = tensors.pop(name + "_packed")
+        gamma, shape = tensors.pop(name + "_scale", None), tensors.pop(name + "_shape", None)
+        if not _fits(codes, gamma, shape, group_size):
+            raise ValueError(f"{folder} packs {name} into codes, scales and a shape that do not "
+                             f"fit each other and groups of {group_size or 'a row'}")
+        tensors[name] = unpack_ternary(codes, gamma, int(shape[1]))
+    return {key: raw[key] for key in raw if key != "quantization_config"}, tensors
+
+
+def _fits(codes, gamma, shape, group_size):
+    """Whether codes, int32 (out, ceil(in / 16)), gamma, (out, groups), and shape, (2,), agree."""
+    if gamma is None or shape is None or shape.shape != (2,) or shape.dtype != torch.int64:
+        return False
+    out, width = shape.tolist()
+    groups = width // (group_size or width or 1)
+    return (codes.dtype == torch.int32 and gamma.is_floating_point()
+            and codes.shape == (out, -(-width // 16)) and gamma.shape == (out, groups)
+            and groups * (group_size or width) == width)
+
+
+# --------------------------------------------------------------------------------------------------
+# Meta's own format
+
+META_NAMES = {
+    "tok_embeddings": "model.embed_tokens", "layers": "model.layers", "output": "lm_head",
+    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj", "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+def _read_meta(folder):
+    """(config.json, {name: tensor}) of the plain folder that one in Meta's format stands for."""
+    file = folder / "consolidated.00.pth"
+    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    if (folder / "consolidated.01.pth").exists():
+        raise ValueError(f"{folder} is split for several GPUs; expected one consolidated.00.pth")
+    try:
+        stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        stored.pop("rope.freqs", None)
+        embedding = stored["tok_embeddings.weight"]
+        tied = torch.equal(stored.get("output.weight", embedding), embedding)
+        heads, width = params["n_heads"], params["dim"]
+        config = {
+            "model_type": "llama", "vocab_size": len(embedding), "hidden_size": width,
+            "intermediate_size": len(stored["layers.0.feed_forward.w1.weight"]),
+            "num_hidden_layers": params["n_layers"], "num_attention_heads": heads,
+            "num_key_value_heads": params.get("n_kv_heads") or heads, "head_dim": width // heads,
+            "rms_norm_eps": params.get("norm_eps", 1e-5),
+            "rope_theta": params.get("rope_theta", 10000.0), "tie_word_embeddings": tied,
+        }
+        tensors = {}
+        for old, w in stored.items():
+            name = re.sub("|".join(META_NAMES), lambda found: META_NAMES[found[0]], old)
+            if name.startswith("norm."):
+                name = "model." + name
+            if "q_proj" in name or "k_proj" in name:
+                # Meta turns neighbouring rows of a head, Hugging Face rows half a head apart
+                pairs = w.view(-1, width // heads // 2, 2, width)
+                w = pairs.transpose(1, 2).reshape(w.shape)
+            if name != "lm_head.weight" or not tied:
+                tensors[name] = w.contiguous()
+    except Exception as error:  # a damaged file breaks its reader in many ways
+        # the first sentence. In later ones torch advises to execute the file
+        reason = f"{type(error).__name__} {error}".split(". ")[0]
+        raise ValueError(f"{folder} holds no Llama in Meta's format: {reason}") from None
+    if params.get("use_scaled_rope"):
+        # the file rarely says more than this. The rest is Llama-3.2's
+        scaling = config["rope_scaling"] = dict(hestia.LLAMA3)
+        scaling["factor"] = params.get("rope_scaling_factor", scaling["factor"])
+        high = params.get("rope_high_freq_factor", scaling["high_freq_factor"])
+        scaling["high_freq_factor"] = high
+        config |= {"max_position_embeddings": 131072, "bos_token_id": 128000,
+                   "eos_token_id": 128001}
+    return config, tensors
+
+
+# --------------------------------------------------------------------------------------------------
+# any of them
+
+
+def load(path, dtype=None, device="cpu"):
+    """A Llama from a plain folder, a packed one, or one in Meta's format.
+
+    What is not plain is written as a plain folder to the system's temporary folder, and is loaded
+    from there by hestia.load_llama. dtype, device and model.origin are as there. ValueError says
+    what does not fit.
+    """
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not raw.get("quantization_config"):
+            return hestia.load_llama(folder, dtype, device)
+        config, tensors = _read_packed(folder, raw)
+    elif (folder / "params.json").exists():
+        config, tensors = _read_meta(folder)
+    else:
+        raise ValueError(f"{folder} holds no Llama; expected a config.json or a params.json in it")
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as aside:
+        (Path(aside) / "config.json").write_text(json.dumps(config))
+        save_file(tensors, Path(aside) / "model.safetensors")
+        del tensors
+        try:
+            model = hestia.load_llama(aside, dtype, device)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(str(error).replace(aside, str(folder))) from None
+    model.origin = folder, config
+    return model
+
+
+def main(arguments=None):
+    description, _, rest = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(prog="python -m notebooks.lab.checkpoints", epilog=rest,
+                                     description=description,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("source", metavar="SOURCE", help="a folder with a Llama")
+    parser.add_argument("target", metavar="TARGET", help="the folder to make")
+    parser.add_argument("--packed", action="store_true", help="two bits per ternary weight")
+    parser.add_argument("--group-size", type=int, default=128, metavar="G", help="with --packed: "
+                        "weights that share a scale; 0: a scale per row (default: 128)")
+    options = parser.parse_args(arguments)
+    try:
+        model = load(options.source)
+        if options.packed:
+            save_packed(model, options.target, options.group_size or None)
+        else:
+            hestia.save_llama(model, options.target)
+    except Exception as error:  # a damaged file breaks its reader in many ways
+        reason = " ".join(str(error).split())
+        if options.source not in reason and options.target not in reason:
+            kind = "" if type(error) is ValueError else type(error).__name__ + " "
+            reason = f"{options.source}: {kind}{reason}"
+        parser.exit(2, f"{reason}\n")
+    if model.config.rope_scaling and not (Path(options.source) / "config.json").exists():
+        print(f"RoPE factor {model.config.rope_scaling['factor']:g}; Llama-3.2 has 32, Llama-3.1 "
+              "8. params.json may say: \"rope_scaling_factor\"")
+    print(f"{options.target}: {sum(p.numel() for p in model.parameters()):,} weights")
+
+
+if __name__ == "__main__":
+    main()
