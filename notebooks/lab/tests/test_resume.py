@@ -1,0 +1,234 @@
+"""resume.py: N + M steps are N + M steps, bit for bit, and nothing else is taken for a state."""
+
+import json
+import multiprocessing
+import random
+import shutil
+import time
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hestia
+import train_tiny
+from notebooks.lab import resume
+
+torch.set_num_threads(1)  # these models are so small that a second thread only waits
+
+TINY = ["--layers", "1", "--hidden", "8", "--intermediate", "8", "--heads", "2", "--group-size",
+        "4", "--batch-size", "2", "--block-size", "8", "--eval-tokens", "256", "--samples", "2",
+        "--rank", "1", "--device", "cpu"]
+# hestia.train counts the codes that changed before an on_step moves W. The first record after a
+# restart compares with the codes after it.
+MOVED = ("cage", "stochastic")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(Path(hestia.__file__).read_text()[:20000])
+    return str(path)
+
+
+def training(row, steps, hidden=8):
+    """(config, model, qat, further arguments of train) of a tiny model, always the same."""
+    config = train_tiny.parse([*TINY, "--hidden", str(hidden), "--steps", str(steps),
+                               "--tau-init", "0.3", "--save-minutes", "0"])
+    torch.manual_seed(0)
+    model = train_tiny.small_llama(config)
+    qat, more = None, {}
+    if row != "no latents":
+        scores = {name: k / 6 for k, name in enumerate(hestia.linear_layers(model))}
+        qat, more = train_tiny.make(config, row, model, scores)
+    return config, model, qat, more
+
+
+def untimed(record, row):
+    left_out = ("seconds", "flips") if row in MOVED else ("seconds",)
+    return {key: value for key, value in record.items() if key not in left_out}
+
+
+def ended(row, steps, folder):
+    """Train in this folder to the end. Everything that a run keeps, but for the time it took."""
+    config, model, qat, more = training(row, steps)
+    tokens = torch.arange(1024) % 256
+    log, watch = train_tiny.train(config, model, tokens, row, 0, folder, steps, 1e-2, qat, **more)
+    arrays = {}
+    if qat:
+        arrays = {**watch.arrays(row, 0), "changed": np.array(watch.changed())}
+        qat.harden()
+    records = [untimed(record, row) for record in log.records]
+    seconds = [r["seconds"] for r in log.records]
+    assert seconds == sorted(seconds)  # they go on, too
+    tensors = {name: t.numpy().tobytes() for name, t in model.state_dict().items()}
+    return records, tensors, {name: a.tobytes() for name, a in arrays.items()}
+
+
+# (row, M + N, M): of 80 steps every second is recorded, and 18 of 20 are before the last tenth
+CASES = [("hestia", 80, 45), ("hestia", 20, 19), ("no latents", 20, 9)]
+CASES += [(row, 20, 9) for row in ("full", "absmean", "lsq", "spectra", "stochastic")]
+
+
+@pytest.mark.parametrize("row, steps, first", CASES)
+def test_a_training_that_is_broken_off_ends_with_the_same_bits(row, steps, first, tmp_path,
+                                                               monkeypatch):
+    for name in ("whole", "broken"):
+        (tmp_path / name / "runs").mkdir(parents=True)
+    expected = ended(row, steps, tmp_path / "whole")
+    save, restore, starts = resume.save, resume.restore, []
+
+    def save_and_stop(path, step, *what):
+        now = save(path, step, *what)
+        if step >= first:
+            raise KeyboardInterrupt
+        return now
+
+    def restore_elsewhere(*what):
+        torch.manual_seed(99)  # as another process would have it
+        starts.append(restore(*what))
+        return starts[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume, "save", save_and_stop)
+        ended(row, steps, tmp_path / "broken")
+    monkeypatch.setattr(resume, "restore", restore_elsewhere)
+    assert ended(row, steps, tmp_path / "broken") == expected and starts == [first]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """(path, what restore takes beside it) of a training of three steps, all of them recorded."""
+    (tmp_path / "runs").mkdir()
+    config, model, qat, more = training("hestia", steps=3)
+    tokens = torch.arange(256)
+    train_tiny.train(config, model, tokens, "hestia", 0, tmp_path, 3, 1e-2, qat, **more)
+    return tmp_path / "runs" / "hestia-seed0.state"
+
+
+def fresh(steps=3, hidden=8, row="hestia"):
+    _, _, qat, _ = training(row, steps, hidden)
+    log, watch = train_tiny.Log(row, steps), train_tiny.Watch(qat, 1)
+    return hestia.adamw(qat.parameters(), 1e-2), log, watch
+
+
+def everything(optimizer, log, watch):
+    parameters = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
+    return [*parameters, torch.get_rng_state()], len(optimizer.state), len(log.records), watch.rows
+
+
+def refused(path, what, *words):
+    """restore refuses it in one sentence with these words, and leaves all as it was."""
+    before = everything(*what)
+    with pytest.raises(ValueError) as error:
+        resume.restore(path, *what)
+    message = str(error.value)
+    assert all(word in message for word in (str(path), "remove", *words)), message
+    assert "\n" not in message
+    after = everything(*what)
+    assert before[1:] == after[1:] == (0, 0, [])
+    assert all(torch.equal(a, b) for a, b in zip(before[0], after[0], strict=True))
+
+
+def test_another_training_is_refused_and_nothing_was_changed(saved):
+    assert resume.restore(saved, *fresh()) == 3
+    refused(saved, fresh(hidden=16), "parameter 0", "(8, 8) torch.float32", "(16, 16)")
+    refused(saved, fresh(steps=4), "steps: 3, and this training 4")
+    refused(saved, fresh(row="lsq"), "parameters: [")
+    what = fresh()
+    last = what[0].param_groups[-1]["params"]
+    last[-1] = torch.nn.Parameter(last[-1].detach().bfloat16())  # all before it would fit
+    refused(saved, what, "torch.float32", "torch.bfloat16")
+
+
+def test_a_damaged_state_is_refused_in_a_sentence(saved):
+    content = saved.read_bytes()
+    state = torch.load(saved, weights_only=True)  # torch itself does not look at checksums
+    for size in (0, 1, 1000, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:size])
+        refused(saved, fresh(), "is no saved state (")
+    moments = state["optimizer"]["state"][0]
+    for tensor in (state["parameters"][0][1], moments["exp_avg_sq"], state["random"]):
+        damaged = bytearray(content)
+        damaged[content.index(tensor.numpy().tobytes()) + 5] ^= 1
+        saved.write_bytes(damaged)
+        refused(saved, fresh(), "is no saved state (its checksums are wrong)")
+    torch.save({"step": 3}, saved)
+    refused(saved, fresh(), "is no saved state ('steps')")
+
+
+# --------------------------------------------------------------------------------------------------
+# processes that are killed
+
+
+def quietly(arguments):
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    train_tiny.main(arguments)
+
+
+def outcome(folder):
+    """All that a finished run leaves, but for the time that it took."""
+    results = json.loads((folder / "results.json").read_text())
+    rows = [untimed(row, name) for name, row in results["per_seed"][0].items()]
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    log = [untimed(record, record["method"]) for record in log]
+    tensors = {}
+    for path in sorted(folder.glob("*.pt")):
+        for name, t in train_tiny.load_checkpoint(path).state_dict().items():
+            tensors[f"{path.name}/{name}"] = t.numpy().tobytes()
+    with np.load(folder / "snapshots.npz") as z:
+        arrays = {k: z[k].tobytes() for k in z}
+    return {"rows": rows, "log": log, "tensors": tensors, "arrays": arrays}
+
+
+def start_process(arguments):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_tiny", "notebooks.lab.resume", "notebooks.lab.rivals"])
+    process = context.Process(target=quietly, args=(arguments,))
+    process.start()
+    return process
+
+
+def killed_until_done(arguments, folder, seconds, seed):
+    """Run in processes that are killed at random moments, and resumed, until one ends. Returns how
+    many were killed."""
+    rng, kills = random.Random(seed), 0
+    while not (folder / "overview.png").exists():  # the last file
+        more = ["--resume"] if (folder / "config.json").exists() else []
+        if folder.exists() and not more:
+            shutil.rmtree(folder)  # killed before it had begun
+        process = start_process([*arguments, "--out", str(folder), *more])
+        process.join(rng.uniform(0, seconds))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    return kills
+
+
+def compare_killed(text, tmp_path, runs):
+    """lsq learns scales, tequila adds biases, stochastic draws random numbers."""
+    arguments = ["--data", text, "--methods", "hestia", "lsq", "tequila", "stochastic", *TINY,
+                 "--steps", "10", "--pretrain-steps", "10", "--save-minutes", "0"]
+    undisturbed = start_process([*arguments, "--out", str(tmp_path / "undisturbed")])
+    began = time.perf_counter()
+    undisturbed.join()
+    seconds, expected = time.perf_counter() - began, outcome(tmp_path / "undisturbed")
+    kills = []
+    for n in range(runs):
+        kills.append(killed_until_done(arguments, tmp_path / str(n), seconds, n))
+        assert outcome(tmp_path / str(n)) == expected
+        shutil.rmtree(tmp_path / str(n))
+    print(f"{runs} runs, killed {sum(kills)} times, ended with the same bits")
+    assert sum(kills) >= runs / 2
+
+
+def test_a_killed_run_goes_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 1)
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_go_on_to_the_same_bits(text, tmp_path):
+    compare_killed(text, tmp_path, 50)
