@@ -6,9 +6,9 @@ bottom. The sections stand in the paper's order, and each function names its equ
 
 The method in five lines. Ternary weights are gamma * {-1, 0, +1}. Rounding to them has derivative
 zero almost everywhere. The usual remedy, the straight-through estimator (STE), pretends that it is
-one. HESTIA replaces each weight by the mean of the three codes under a softmax of their distances,
-at a temperature tau. That is a smooth function with a true derivative. Over training tau falls to
-zero and the function hardens into rounding. Tensors with a large Hessian trace stay warm longer.
+one. HESTIA replaces each weight by the mean of the three codes under a softmax of minus squared
+distances over a temperature tau: a smooth function with a true derivative. A pressure p brings it
+in, tau falls to zero, and it hardens into rounding, later where the Hessian's trace is large.
 
     Eq.    in the paper         here                 shape, unit
            W, w                 w, latents           any shape; the weights we train, float32
@@ -29,17 +29,17 @@ zero and the function hardens into rounding. Tensors with a large Hessian trace 
     15     tau_i(t)             temperature          in units of gamma
     16-17  mu_tau, V_tau        code_moments         (n_groups, g); of the code q at z = w / gamma
     18     Lemma 4.1            soft_quantize_jacobian   w's shape; no unit
-    19     chain rule           Hestia.pull_back     from dL/dW_eff to dL/dW
+    19     chain rule           soft_quantize, Hestia.pull_back   from dL/dW_eff to dL/dW
     20     Lemma 4.2            test_hestia.py: test_lemma_4_2_and_its_rate
     21-27  Lemma 4.1's proof    test_hestia.py: test_appendix_A1_equations_21_to_27
     28-36  Lemma 4.2's proof    test_hestia.py: test_appendix_A2_equations_28_to_36
 
     Algorithm 1, line 1         hessian_traces, sensitivity_scores
     Algorithm 1, lines 2-3      train, batch_at
-    Algorithm 1, lines 4-6      Hestia.step_of
+    Algorithm 1, lines 4-6      Hestia.relax, Hestia.step_of
     Algorithm 1, lines 7-10     Hestia.effective, Hestia.relax
-    Algorithm 1, line 11        Hestia.pull_back, update
-    Algorithm 1, lines 12-13    Hestia.harden
+    Algorithm 1, lines 11-12    Hestia.pull_back, update, train
+    Algorithm 1, line 13        Hestia.harden
     Section 5.1                 linear_layers, optimal_tau_init, load_llama, save_llama
     Section 5.5                 notebooks/lab/bench.py: main
     Tables 1, 2 and 3           notebooks/lab/rivals.py: ROWS
@@ -51,10 +51,10 @@ zero and the function hardens into rounding. Tensors with a large Hessian trace 
 Q means three things in the paper: the set of codes, the quantizer Q(W), and Q_i, an orthonormal
 basis in Eq. 12. H means two: the function H(w; tau), and H_i, a block of the Hessian.
 
-Where the paper leaves something open, this file decides (README gives the reasons): gamma is held
-constant and epsilon is added to it; a tie |z| = 1/2 goes to code 0; Eq. 12 gets the 1/m it lacks;
-the Hessian is that of the ordinary loss at the full-precision weights; traces that are not positive
-are raised to a floor, never made absolute.
+Where the paper leaves something open, or slips, this file decides (README gives the reasons):
+epsilon is 1e-8, and hardening rounds gamma to bfloat16; a tie |z| = 1/2 goes to code 0; Eq. 12 gets
+the 1/m it lacks; the Hessian is that of the ordinary loss at the full-precision weights; traces
+that are not positive are raised to a floor, never made absolute.
 """
 
 import bisect
@@ -197,11 +197,11 @@ def _kernel(z, tau, codebook):
     near = nearest_code(z, codebook)
     if tau == 0:
         return q, (q == near).to(z.dtype)
-    # The same number may be taken from all distances (z - q)^2 before a softmax. We take the
-    # smallest, (z - near)^2, and multiply out: nothing then cancels, however small tau is.
+    # A softmax stays as it is if one number is subtracted from all distances (z - q)^2. Subtract
+    # the smallest, (z - near)^2, and multiply out: nothing then cancels, however small tau is.
     z = z.clamp(-1e18, 1e18)  # or 0 * infinity below
-    distance = (near - q) * (2 * z - near - q)
-    return q, torch.softmax(-distance / max(tau, 1e-20), 0)
+    distance = (near - q) * (2 * z - (near + q))
+    return q, torch.softmax(-distance / max(tau, 1e-20), 0)  # 1 / tau must stay finite
 
 
 def assignment_probs(w, tau, group_size=None, codebook=TERNARY, scale=None):
@@ -272,7 +272,7 @@ def soft_quantize(w, tau, group_size=None, codebook=TERNARY, scale=None):
 def soft_quantize_jacobian(w, tau, group_size=None, codebook=TERNARY, scale=None):
     """Lemma 4.1, Eq. (18): the diagonal of dH/dw, (2 / tau) V_tau(w). w's shape, >= 0.
 
-    It is largest near the boundaries of Eq. (5), where it is 1 / (2 tau) once tau is small. As tau
+    Once tau is small it is largest at the boundaries of Eq. (5), where it is 1 / (2 tau). As tau
     falls to 0 it becomes a spike of mass gamma at each boundary: Lemma 4.2, Eq. (20).
 
     >>> soft_quantize_jacobian(torch.tensor([0.0, 0.3, 0.5]), 0.5, scale=torch.ones(1, 1))
@@ -297,7 +297,7 @@ def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
 
 
 class TraceEstimate(NamedTuple):
-    """A trace and its standard error. flagged: it lies within two of them of zero."""
+    """A trace and its standard error. flagged: within two standard errors of zero."""
     value: float
     stderr: float
 
@@ -338,7 +338,7 @@ def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device
 
     matvec: maps (dim, k) to (dim, k), k columns at once. The range of H times a random sketch S is
     traced exactly. The rest is the mean over `samples` Rademacher vectors G, where the paper prints
-    their sum (README). dtype, device: of the vectors that matvec gets. Returns a float, in float64.
+    their sum (README). dtype, device: of the vectors that matvec gets. Returns a float.
 
     >>> H = torch.diag(torch.tensor([42.0, 0.5, 0.1, 0.0]))  # rank 3: a sketch of 3 catches it all
     >>> round(hutchpp(lambda V: H @ V, dim=4, rank=3), 4)
@@ -400,11 +400,11 @@ def _joint_traces(loss_fn, params, batches, probes, generator, count):
 
 def hessian_traces(loss_fn, params, batches, estimator="hutchpp", rank=10, samples=20, *,
                    generator=None, progress=None):
-    """Section 3.3.1: h_i = Tr(H_i), with H_i the block of the Hessian of the tensor i alone.
+    """Section 3.3.1: h_i = Tr(H_i), H_i the block of tensor i in the Hessian of loss_fn.
 
-    loss_fn(batch) -> scalar, the mean loss in nats. params: {name: tensor that requires grad}, in
-    float32 or float64. batches: what loss_fn takes; their mean is differentiated, one graph at a
-    time. estimator: "hutchpp", the paper's, with 2 rank + samples products for every tensor; or
+    loss_fn(batch) -> scalar, the mean loss in nats. params: {name: float32 or float64 weight}, by
+    the names of linear_layers. batches: what loss_fn takes; their mean is differentiated, one graph
+    at a time. estimator: "hutchpp", the paper's, with 2 rank + samples products for each tensor; or
     "joint", which reads all tensors from each product. generator: on the tensors' device.
     progress(done, total): called after each product. Returns {name: TraceEstimate}, in nats per
     squared weight. ValueError if the loss does not depend on a tensor.
@@ -417,8 +417,8 @@ def hessian_traces(loss_fn, params, batches, estimator="hutchpp", rank=10, sampl
     batches, products = list(batches), 2 * rank + samples
     if estimator not in ("hutchpp", "joint"):
         raise ValueError(f"unknown estimator {estimator!r}; expected 'hutchpp' or 'joint'")
-    if not batches or not params:
-        raise ValueError("a trace needs at least one calibration batch and one tensor")
+    if not batches or not params or rank < 0 or samples < 1:
+        raise ValueError("a trace needs a batch, a tensor, rank >= 0 and samples >= 1")
     for name, w in params.items():
         if not w.requires_grad or w.dtype not in (torch.float32, torch.float64):
             raise ValueError(f"{name}: a trace needs float32 or float64 that requires grad")
@@ -481,7 +481,7 @@ def pressure(t, T, rho):
 
 
 def base_temperature(t, T, rho, tau_init):
-    """Eq. (14): tau-bar. tau_init up to T_comp = rho T, then half a cosine down to 0 at T.
+    """Eq. (14): tau-bar. tau_init to T_comp = rho T (Figure 2), then half a cosine to 0 at T.
 
     >>> [round(base_temperature(t, T=10, rho=0.2, tau_init=0.3), 4) for t in (0, 2, 6, 10)]
     [0.3, 0.3, 0.15, 0.0]
@@ -503,7 +503,7 @@ def temperature(t, T, rho, tau_init, score, alpha):
 
 @torch.no_grad()
 def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
-    """Section 5.1: the tau at which H(W; tau) has the least squared error from all W, to 0.1 %.
+    """Section 5.1: the tau at which H(W; tau) is closest to W in squared error, within 0.1 %.
 
     weights: a list or dict of tensors. tau is between 0.01 and 10, in units of gamma; for Gaussian
     weights it is 0.35, where Table 5 says 0.3: the minimum is flat. ValueError for weights that are
@@ -513,13 +513,14 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
     >>> round(optimal_tau_init([w]), 2)
     0.35
     """
-    weights = list(weights.values() if isinstance(weights, dict) else weights)
+    weights = weights.values() if isinstance(weights, dict) else weights
+    weights = [_at_least_float32(w) for w in weights]  # or the search runs on rounding noise
     if not any(w.any() for w in weights) or not all(torch.isfinite(w).all() for w in weights):
         raise ValueError("tau_init needs finite weights that are not all zero")
 
     def error(tau):
-        rounding = (soft_quantize(w, tau, group_size, codebook) - w for w in weights)
-        return sum(float(e.double().square().sum()) for e in rounding)
+        errors = (soft_quantize(w, tau, group_size, codebook) - w for w in weights)
+        return sum(float(e.double().square().sum()) for e in errors)
 
     # the error falls, then rises: bisect for the place where it begins to rise
     grid = [0.01 * 1.001**k for k in range(6912)]
@@ -547,7 +548,7 @@ class Method(NamedTuple):
 
 
 def hard_absmean(w, s):
-    """Q(W), with gamma rounded to bfloat16, so that a file in bfloat16 holds what was evaluated."""
+    """Q(W) with gamma rounded to bfloat16: a ternary file in bfloat16 holds what was evaluated."""
     z, gamma = _normalize(w, s.group_size, None)
     return _like(gamma.bfloat16() * nearest_code(z, s.codebook), w)
 
@@ -572,14 +573,13 @@ METHODS = {  # to add one: a function and a line. notebooks/lab/rivals.py has th
 
 
 def linear_layers(model):
-    """Section 5.1: {name: module} of every nn.Linear except the output head (named or tied so).
+    """Section 5.1: {name: module} of every nn.Linear but the head (called so, or a tied embedding).
 
     >>> model = nn.ModuleDict({"up": nn.Linear(2, 3), "lm_head": nn.Linear(3, 9)})
     >>> linear_layers(model)
     {'up': Linear(in_features=2, out_features=3, bias=True)}
     """
-    embeddings = [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
-    layers = {}
+    layers, embeddings = {}, [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
     for name, m in model.named_modules():
         head = name.split(".")[-1] in ("lm_head", "output")
         if isinstance(m, nn.Linear) and not head and not any(m.weight is e for e in embeddings):
@@ -621,7 +621,11 @@ class Hestia:
         self.group_size, self.codebook, self.rho, self.alpha = group_size, codebook, rho, alpha
         self.layers = linear_layers(model) if layers is None else layers
         self.scores = dict.fromkeys(self.layers, 0.0) if scores is None else scores
-        self._check_settings(0.3 if tau_init is None else tau_init)
+        self._check_settings(tau_init)
+        if tau_init is None and self.method.soft:
+            weights = [layer.weight for layer in self.layers.values()]
+            tau_init = optimal_tau_init(weights, group_size, codebook)
+        self.tau_init = tau_init or 0.0  # a method without a temperature has none
 
         self.latents = {}  # {layer's name: W}
         self.dtypes = {}  # {layer's name: what its weight was, and will be again}
@@ -634,19 +638,17 @@ class Hestia:
             layer.weight.requires_grad_(True).grad = None
         shown = [layer.weight for layer in self.layers.values()]
         # embedding, norms, biases, head: trained, and not quantized
-        trained = [p for p in model.parameters() if p.requires_grad]
-        self.rest = [p for p in trained if not any(p is w for w in shown)]
-        self.tau_init = tau_init or 0.0  # a method without a temperature has none
-        if tau_init is None and self.method.soft:
-            self.tau_init = optimal_tau_init(self.latents, group_size, codebook)
+        rest = [p for p in model.parameters() if not any(p is w for w in shown)]
+        self.rest = [p for p in rest if p.requires_grad]
         self.graphs = {}  # {layer's name: W_eff with its graph to W}, from relax to pull_back
 
     def _check_settings(self, tau_init):
         """One sentence for what cannot work, before anything in the model is changed."""
-        pressure(0, self.total_steps, self.rho)
+        pressure(0, self.total_steps, self.rho)  # refuses both
+        nearest_code(torch.zeros(1), self.codebook)
         if self.rho == 1 and self.method.soft:
             warnings.warn("rho = 1 leaves no step in which the temperature falls", stacklevel=3)
-        if not 0 < tau_init < math.inf:
+        if not (tau_init is None or 0 < tau_init < math.inf):
             raise ValueError(f"tau_init is {tau_init}; expected a number above 0, such as 0.3")
         if not self.layers:
             raise ValueError("nothing to quantize: no nn.Linear in the model but its output head")
@@ -661,9 +663,9 @@ class Hestia:
 
     def step_of(self, t, name):
         """Lines 4 and 6: the pressure (Eq. 10) and the layer's temperature (Eq. 15) at step t."""
-        T, rho = self.total_steps, self.rho
-        tau = temperature(t, T, rho, self.tau_init, self.scores[name], self.alpha)
-        return Step(pressure(t, T, rho), tau, self.group_size, self.codebook)
+        when = t, self.total_steps, self.rho
+        tau = temperature(*when, self.tau_init, self.scores[name], self.alpha)
+        return Step(pressure(*when), tau, self.group_size, self.codebook)
 
     def effective(self, t, name):
         """Lines 7 and 8: W_eff of one layer at step t, with its graph to what is trained."""
@@ -677,7 +679,7 @@ class Hestia:
 
     @torch.enable_grad()
     def relax(self, t):
-        """Lines 5-10: from here on the model computes with W_eff(t). Its gradients are cleared."""
+        """Lines 5-10: the model now computes with W_eff(t), whose gradients are None."""
         if not 0 <= t < self.total_steps:
             raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}")
         for name, layer in self.layers.items():
@@ -685,7 +687,7 @@ class Hestia:
             layer.weight.data, layer.weight.grad = W_eff.detach(), None
 
     def pull_back(self):
-        """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, from the weights' gradients to the latents'."""
+        """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, which is 1 - p + p (2 / tau) V for HESTIA."""
         if not self.graphs:
             raise RuntimeError("pull_back() needs this step's W_eff; call relax(t) first")
         for name, layer in self.layers.items():
@@ -696,7 +698,7 @@ class Hestia:
                 layer.weight.grad = None
 
     def harden(self):
-        """Line 13: W-hat = Q(W), in the dtype that the model had. The model now is ternary."""
+        """Line 13: W-hat = Q(W), gamma in bfloat16, in the dtype that the model had."""
         for name, layer in self.layers.items():
             layer.weight = nn.Parameter(self.hardened(name).to(self.dtypes[name]))
         self.graphs = {}
@@ -705,9 +707,9 @@ class Hestia:
     def hard(self):
         """Eq. (3): in `with qat.hard():` the model shows Q(W). Afterwards it is as it was."""
         before = {name: layer.weight.data for name, layer in self.layers.items()}
-        for name, layer in self.layers.items():
-            layer.weight.data = self.hardened(name).to(layer.weight.dtype)
         try:
+            for name, layer in self.layers.items():
+                layer.weight.data = self.hardened(name).to(layer.weight.dtype)
             yield self.model
         finally:
             for name, layer in self.layers.items():
@@ -715,7 +717,7 @@ class Hestia:
 
     @torch.no_grad()
     def codes(self):
-        """{name: the code of each weight}, in bfloat16, which holds every codebook exactly."""
+        """{name: the code of each weight}, in bfloat16, which holds the three codebooks exactly."""
         found = {}
         for name, w in self.latents.items():
             z, _ = _normalize(w, self.step_of(0, name).group_size, None)
@@ -735,7 +737,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_f
 
 @dataclass
 class LlamaConfig:
-    """The fields of a Llama's config.json that shape the computation. Defaults: Llama-3.2-1B.
+    """The fields of config.json that shape the computation. Llama-3.2-1B's, but for rope_scaling.
 
     head_dim: None for hidden_size / heads. rope_scaling: None, or a dict with LLAMA3's keys.
     """
@@ -942,7 +944,7 @@ def load_llama(path, dtype=None, device="cpu"):
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
     model.origin = folder, raw
-    return model.requires_grad_(True)
+    return model
 
 
 def save_llama(model, path):
@@ -993,13 +995,13 @@ class Diverged(RuntimeError):
 
 
 def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
-    """Table 5's WSD: up over the first 5 % of T steps, then flat, to a tenth over the last 10 %.
+    """Table 5's WSD; ours goes up over 5 % of T steps, and down to a tenth over the last 10 %.
 
     >>> [round(learning_rate(t, 100, 1.0), 2) for t in (0, 4, 50, 90, 99)]
     [0.2, 1.0, 1.0, 1.0, 0.19]
     """
     up = min(1.0, (t + 1) / max(1.0, warmup * T))
-    left = min(1.0, (T - t) / max(1.0, decay * T)) if t >= (1 - decay) * T else 1.0
+    left = min(1.0, (T - t) / max(1.0, decay * T))
     return peak * up * (final + (1 - final) * left)
 
 
@@ -1067,7 +1069,7 @@ def backward(model, x, y, micro_batches=1):
 
 
 def update(optimizer, loss, norm, clip):
-    """Line 11: clip by norm, which has dL/dW_eff in it, and step. Diverged if it is not finite."""
+    """Line 11: clip by norm, taken before pull_back, and step. Diverged if loss or norm is NaN."""
     if not torch.isfinite(loss + norm):
         raise Diverged(f"loss {loss:.4g}, gradient norm {norm:.4g}; lower the learning rate")
     # pull_back is linear, so that dividing dL/dW divides dL/dW_eff
@@ -1084,13 +1086,13 @@ def grad_norm(parameters):
 def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, clip=1.0,
           seed=0, start=0, optimizer=None, backward=backward, update=update, on_step=None,
           log_every=50):
-    """Algorithm 1 with everything around it. Returns the log, a list of records.
+    """Algorithm 1, lines 2 to 12, and what is around them. Returns the log, a list of records.
 
     model(x, y) -> mean loss, such as a Llama's. tokens: (N,). qat: a Hestia around this model for
     the same steps, or None for plain training. batch_size: sequences per step. clip: bound of the
     gradient norm, with dL/dW_eff in it. on_step(t, record or None): called after each step, to
-    print, evaluate, save or stop. start, optimizer, backward and update: notebooks/lab goes in here
-    to resume, with another optimizer, several GPUs or a teacher, without waiting for the GPU.
+    print, evaluate, save or stop. start, optimizer, backward and update are where notebooks/lab
+    puts in resuming, other optimizers, several GPUs, a teacher, a step that does not wait.
     """
     if qat and qat.total_steps != steps:
         raise ValueError(f"{steps} steps, and schedules for {qat.total_steps}; make them equal")
@@ -1114,7 +1116,6 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         latent_norm = grad_norm(trained) if recording else None  # with dL/dW for them
         update(optimizer, loss, norm, clip)  # line 11
         optimizer.zero_grad()
-
         record = None
         if recording:
             record = {"step": t, "loss": float(loss), "lr": learning_rate(t, steps, lr),
