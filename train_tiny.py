@@ -131,6 +131,8 @@ def check(config):
             raise ValueError(f"--{name} is {value}; expected a number from {least:g} to {most:g}")
     if config.batch_size % config.micro_batches:
         raise ValueError("--batch-size is no multiple of --micro-batches; expected equal parts")
+    if config.heads % 2 or config.hidden % (2 * config.heads):
+        raise ValueError("--hidden is no even multiple of --heads, or --heads is odd")
     others = config.val_data, config.llama, config.packed, config.device  # not for all to check
     if any(others) or config.sensitivity not in ("hutchpp", "joint"):
         lab("options").check(config)
@@ -463,6 +465,8 @@ def run(config):
 
 def main(arguments=None):
     config = parse(arguments)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
     try:
         if "RANK" in os.environ:
@@ -472,11 +476,13 @@ def main(arguments=None):
             run(config)
         return 0
     except (ValueError, OSError, ImportError) as error:  # what a user gave
-        code, why = 2, error
+        named = isinstance(error, OSError) and error.filename
+        code, why = 2, f"{error.filename} cannot be used: {error.strerror}" if named else error
     except (RuntimeError, MemoryError) as error:
         code, why = 1, f"the run failed: {error}"
     except KeyboardInterrupt:
         code, why = 130, f"interrupted; to go on, say the same with --resume --out {config.out}"
+        why = why if config.out else "interrupted before anything was written"
     print(f"train_tiny.py: {why}", file=sys.stderr)
     return code
 

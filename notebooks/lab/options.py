@@ -55,12 +55,21 @@ def check_packed(config, name):
             raise ValueError(f"--packed cannot hold what {name} leaves; leave out one of them")
 
 
-load_once = functools.lru_cache(1)(hestia.load_llama)
+@functools.lru_cache(1)
+def load_once(folder):
+    try:
+        return hestia.load_llama(folder, torch.float32)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever a damaged folder makes of those that read it
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"--llama {folder} cannot be loaded ({why}); expected a Hugging Face "
+                         "folder of a Llama") from None
 
 
 def llama(config):
     """A copy of the Llama in config.llama, which is read once for all seeds and methods."""
-    return copy.deepcopy(load_once(config.llama, torch.float32)).to(config.device)
+    return copy.deepcopy(load_once(config.llama)).to(config.device)
 
 
 def save(config, model, path):
@@ -91,14 +100,29 @@ def check_resume(config, about):
                              f"{folder} and is {value} now; give the same settings")
     if text != now["data"]["sha256"]:
         raise ValueError(f"--resume: the text is not the one of {folder}; give the same")
-    readers = {".json": lambda path: json.loads(path.read_text()), ".npz": read_npz,
-               ".pt": train_tiny.load_checkpoint}
+    readers = {".json": read_kept, ".npz": read_npz, ".pt": train_tiny.load_checkpoint}
     for path in sorted([*folder.glob("runs/*"), *folder.glob("*.pt")]):
         if path.suffix in readers and not path.name.startswith("half-"):  # as train_tiny.write has
             try:
                 readers[path.suffix](path)
             except Exception:  # whatever a damaged file may raise
-                raise ValueError(f"{path} is damaged; remove it to have it made anew") from None
+                raise ValueError(f"{path} is damaged; remove what bears its name and seed, in "
+                                 f"{folder} and in its runs/, to have it made anew") from None
+
+
+def read_kept(path):
+    """What train_tiny.py keeps of a finished row, of the pretraining, or of a seed's start."""
+    kept = json.loads(path.read_text())
+    if "-at-" in path.name:  # a study's loss at one rate
+        return
+    whole = kept.keys() >= {"log"} and isinstance(kept["log"], list)
+    if path.name.startswith("start-"):
+        whole = kept.keys() >= {"before", "untrained", "sensitivities"}
+    elif not path.name.startswith("pretrain-"):
+        whole = whole and {"seconds", "train", "val"} <= kept["row"].keys()
+        whole = whole and all(isinstance(x, int | float) for x in kept["row"].values())
+    if not whole:
+        raise ValueError("it lacks what a run leaves there")
 
 
 def read_npz(path):

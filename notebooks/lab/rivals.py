@@ -369,7 +369,8 @@ def make(name, model, steps, lr, row=None, compile=False, **settings):
     """
     known, more = {name: {"method": name} for name in hestia.METHODS} | ROWS, {}
     if row is None and name not in known:
-        raise ValueError(f"unknown row {name!r}; expected one of {', '.join(known)}")
+        names = ", ".join(["hestia-no-hessian", *known])
+        raise ValueError(f"unknown method {name!r}; expected one of {names}")
     row = known[name] if row is None else row
     asked = tuple(settings.get("codebook", TERNARY))  # TERNARY: perhaps nobody asked
     if asked not in (TERNARY, row.get("codebook", asked)):

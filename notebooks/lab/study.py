@@ -209,7 +209,7 @@ class Study:
         config, bits = dataclasses.replace(self.config, tau_init=0.3), {}
         for name in config.methods:
             line = {k: v for k, v in LINES.get(name, {}).items() if k not in ("scores", "samples")}
-            model = train_tiny.start(config, config.seed)
+            model = train_tiny.first_model(config, config.seed)
             try:
                 qat, _ = train_tiny.make(config, name, model, None, line or None)
             except ValueError as error:

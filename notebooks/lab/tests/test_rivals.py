@@ -322,7 +322,7 @@ def test_rows_without_a_class_of_their_own_can_be_fast():
 
 @pytest.mark.parametrize("row, codebook, reason", [
     ("dge", hestia.BINARY, "dge has the codebook"), ("twn", hestia.TWO_BIT, "twn has the codebook"),
-    ("tern", hestia.TERNARY, "unknown row 'tern'; expected one of full"),
+    ("tern", hestia.TERNARY, "unknown method 'tern'; expected one of hestia-no-hessian, full"),
     ("fairy2i", hestia.TERNARY, "1 has an odd side"), ("tequila", hestia.TERNARY, "1 has a bias")])
 def test_what_rows_refuse(row, codebook, reason):
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 3))
