@@ -38,7 +38,7 @@ STYLE = {
     "hestia-no-hessian": dict(label="HESTIA, alpha = 0", color=SKY, linestyle="-.", marker="^"),
     "hestia": dict(label="HESTIA", color=BLUE, linestyle="-", marker="o"),
 }
-# What other rows are called, {row: label}. notebooks/lab/tables.py adds some.
+# What other rows are called, {row: label}. notebooks/lab/rivals.py adds some.
 LABELS = {"before": "full precision, before", "untrained": "ternarized, not trained"}
 
 # Everything else gets the k-th of these 49 looks.

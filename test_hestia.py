@@ -700,16 +700,16 @@ def test_hutchpp_and_joint_probing_find_the_traces_of_a_trained_llama(curved):
     per_tensor = lambda generator: [h._estimate(*h._hutchpp(
         lambda V, B=B: B @ V, len(B), 10, 20, generator, B)) for B in blocks]
     bias, rms, claim = judge([per_tensor(seeded(seed)) for seed in range(100)], exact)
-    assert bias < 5 and rms <= 0.05 and 0.5 < claim < 2  # the errors mean what they say
+    assert bias < 4 and rms <= 0.05 and 0.5 < claim < 2  # the errors mean what they say
 
     # joint, with 40 products in all: on g . x + x . H x / 2 at x = 0, where g and H are the model's
     x = {k: torch.zeros(n, requires_grad=True) for k, n in enumerate(sizes)}
     g32, H32, flat = g.float(), H.float(), lambda: torch.cat(list(x.values()))
     loss_fn = lambda _: g32 @ flat() + 0.5 * flat() @ (H32 @ flat())
     joint = [h.hessian_traces(loss_fn, x, [0], "joint", generator=seeded(seed)).values()
-             for seed in range(30)]
+             for seed in range(60)]
     bias, rms, claim = judge(joint, exact)
-    assert bias < 5 and rms <= 0.25 and 0.5 < claim < 2
+    assert bias < 4 and rms <= 0.25 and 0.5 < claim < 2
     # without the scaling by gradient norms the same products say much less
     V = signs(len(H), 1200, seeded(0))
     readings = torch.stack([t.sum(0) for t in (V * (H @ V)).split(sizes)], 1)  # (1200, tensors)
