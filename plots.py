@@ -24,8 +24,7 @@ from matplotlib.ticker import NullFormatter
 
 import hestia
 
-# --------------------------------------------------------------------------------------------------
-# looks: colours, panels, titles
+# -- looks: colours, panels, titles ----------------------------------------------------------------
 
 # Okabe and Ito's colours, which the colour-blind can tell apart. Each row also has a dash and a
 # marker of its own, for those who print in grey.
@@ -138,8 +137,7 @@ def gaussian_weights(n=200_000, gamma=1.0):
     return gamma * (np.pi / 2) ** 0.5 * torch.special.ndtri(share)
 
 
-# --------------------------------------------------------------------------------------------------
-# what train_tiny.py puts into files, and reading it
+# -- what train_tiny.py puts into files, and reading it --------------------------------------------
 
 SPLITS = {"train": "training", "val": "validation"}
 STEP = "step of quantization-aware training"
@@ -194,12 +192,11 @@ class Watch:
         changed = sum(int((now[name] != old).sum()) for name, old in self.late.items())
         return changed / sum(codes.numel() for codes in now.values())
 
-    def arrays(self, row, seed):
-        """{key in snapshots.npz: array}"""
-        found = {f"{row}/tensors": np.array(self.tensors)}
+    def arrays(self):
+        """What `read_snapshots` reads again."""
+        found = {"tensors": np.array(self.tensors)}
         for key in ("step", "hist", "dead", "felt", "grad_norm", "grad_norm_latent"):
-            values = [moment[key] for moment in self.rows]
-            found[f"{row}/seed{seed}/{key}"] = np.array(values, np.float32)
+            found[key] = np.array([moment[key] for moment in self.rows], np.float32)
         return found
 
 
@@ -208,6 +205,15 @@ def write(path, save):
     half = path.with_name("half-" + path.name)
     save(half)
     half.replace(path)
+
+
+def write_json(path, what):
+    write(path, lambda half: half.write_text(json.dumps(what, indent=1, allow_nan=False) + "\n"))
+
+
+def run_file(folder, row, seed, ending):
+    """Where a run keeps a training. An ablation's name has signs that a file's should not."""
+    return Path(folder) / "runs" / (re.sub("[:=, ]+", "-", row) + f"-seed{seed}.{ending}")
 
 
 def with_gaps(per_seed):
@@ -283,18 +289,25 @@ def read_results(path):
     return results
 
 
+def read_runs(folder, ending, decode):
+    """{(row, seed): what is kept of its training}, for the rows of a run's table."""
+    results, found = read_results(folder), {}
+    for row in ("pretrain", *results["table"]):
+        for k in range(len(results["per_seed"])):
+            seed = results["config"]["seed"] + k
+            if (path := run_file(folder, row, seed, ending)).exists():
+                found[row, seed] = read(path, decode)
+    return found
+
+
 def read_snapshots(folder):
-    """{key: array} of a run's snapshots.npz; "hestia/seed0/felt", for example, is (moments,)."""
-    return read(Path(folder) / "snapshots.npz", lambda path: dict(np.load(path)))
+    """{(row, seed): {key: array}}; that of "felt", for example, is (moments,)."""
+    return read_runs(folder, "npz", lambda path: dict(np.load(path)))
 
 
 def read_log(folder):
-    """{(row, seed): [records]} of a run's log.jsonl."""
-    records = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
-    runs = {}
-    for record in read(Path(folder) / "log.jsonl", records):
-        runs.setdefault((record["method"], record["seed"]), []).append(record)
-    return runs
+    """{(row, seed): [records]}"""
+    return read_runs(folder, "json", lambda path: json.loads(path.read_text())["log"])
 
 
 def by_seed(runs, row, key):
@@ -309,11 +322,9 @@ def along(snapshots, rows, key):
     """{row: (steps (moments,), values (seeds, moments, ...))}, of those that were watched."""
     found = {}
     for row in rows:
-        pattern = re.compile(rf"{re.escape(row)}/seed\d+/{key}")
-        names = sorted(name for name in snapshots if pattern.fullmatch(name))
-        if names:
-            steps = snapshots[names[0].removesuffix(key) + "step"]
-            found[row] = steps, np.array([snapshots[name] for name in names])
+        seeds = [arrays for (name, _), arrays in snapshots.items() if name == row]
+        if seeds:
+            found[row] = seeds[0]["step"], np.array([arrays[key] for arrays in seeds])
     if not found:
         raise ValueError(f"this run watched none of {', '.join(rows)}; python train_tiny.py does")
     return found
@@ -343,8 +354,7 @@ def first_sensitivities(results):
     return first["tensors"] if first else {}
 
 
-# --------------------------------------------------------------------------------------------------
-# sections 3.1, 3.2 and 4: the quantizer, its relaxation, its slope
+# -- sections 3.1, 3.2 and 4: the quantizer, its relaxation, its slope -----------------------------
 
 
 def staircase(taus=(1.0, 0.5, 0.2, 0.05), axes=None):
@@ -367,7 +377,6 @@ def staircase(taus=(1.0, 0.5, 0.2, 0.05), axes=None):
         distances.append(f"{away:.2f} γ away on average at τ = {tau:g}")
         peaks.append(f"{peak:.1f} at w = {'±' if at else ''}{at:g} γ for τ = {tau:g}")
         highest = max(highest, peak)
-
     z_axis(top)
     z_axis(below)
     top.set_xlabel("")
@@ -433,7 +442,6 @@ def lemma_4_2(taus=(0.3, 0.1, 0.03, 0.01), axes=None):
     left.set(yscale="log", xlim=(-1.3, 1.3), ylim=(0.03, 40 * max(peaks)))
     finish(left, f"The slope becomes two spikes, {peaks[-1]:.0f} high at τ = {taus[-1]:g}", "",
            "dH/dw (log scale)", "upper center", ncols=2)
-
     smooth = {"exp(−w²)": lambda z: torch.exp(-z * z), "1/(1+w²)": lambda z: 1 / (1 + z * z),
               "cos 2w": lambda z: torch.cos(2 * z)}
     half, worst = torch.tensor([-0.5, 0.5], dtype=torch.float64), 0.0  # the boundaries
@@ -473,8 +481,7 @@ def mse_against_tau(weights=None, ax=None, group_size=None):
     return finish(ax, title, "temperature τ", "mean (W − H)² / γ²", "upper center")
 
 
-# --------------------------------------------------------------------------------------------------
-# section 3.3: schedules and sensitivities
+# -- section 3.3: schedules and sensitivities ------------------------------------------------------
 
 
 def schedules(config, scores, ax=None, tau_init=0.35):
@@ -486,9 +493,8 @@ def schedules(config, scores, ax=None, tau_init=0.35):
     tau = lambda s: [hestia.temperature(x, T, rho, tau_init, s, alpha) for x in t]
     ordered = sorted(scores, key=scores.get)
     most, middle, least = ordered[-1], ordered[len(ordered) // 2], ordered[0]
-    lines = {}
-    for name in (most, middle, least):
-        lines[f"{short(name)}: s = {scores[name]:.2f}"] = tau(scores[name])
+    lines = {f"{short(name)}: s = {scores[name]:.2f}": tau(scores[name])
+             for name in (most, middle, least)}
     lines["every tensor, if α = 0"] = [hestia.base_temperature(x, T, rho, tau_init) for x in t]
     curves(ax, t, lines)
     right = ax.twinx()
@@ -514,16 +520,14 @@ def alpha_rho_kappa(axes=None):
     """What alpha, rho and kappa do: to a sensitive tensor's tau, to every tensor's, to scores."""
     left, middle, right = panels(axes, 3, (9.6, 3.9))
     t, tau_init = np.linspace(0, 1, 301), 0.35
-    tau = {}
-    for alpha in (0.6, 0.4, 0.2, 0.0, -0.4):
-        tau[alpha] = [hestia.temperature(x, 1, 0.2, tau_init, 0.9, alpha) for x in t]
+    tau = {alpha: [hestia.temperature(x, 1, 0.2, tau_init, 0.9, alpha) for x in t]
+           for alpha in (0.6, 0.4, 0.2, 0.0, -0.4)}
     curves(left, t, {f"α = {alpha:g}".replace("-", "−"): y for alpha, y in tau.items()})
     warmer, colder = percent(tau[0.4][0] / tau_init - 1), percent(1 - tau[-0.4][0] / tau_init)
     finish(left, f"α: 0.4 warms a tensor with s = 0.9 by {warmer}, −0.4 cools it by {colder}",
            "t / T", "temperature τ", "upper right")
-    base = {}
-    for rho in (0.0, 0.1, 0.2, 0.3, 0.5):
-        base[rho] = np.array([hestia.base_temperature(x, 1, rho, tau_init) for x in t])
+    base = {rho: np.array([hestia.base_temperature(x, 1, rho, tau_init) for x in t])
+            for rho in (0.0, 0.1, 0.2, 0.3, 0.5)}
     curves(middle, t, {f"ρ = {rho:g}": y for rho, y in base.items()})
     halved = {rho: t[y < tau_init / 2][0] for rho, y in base.items()}
     title = f"ρ: with 0, τ has halved at {halved[0.0]:.2f} T; with 0.5, at {halved[0.5]:.2f} T"
@@ -539,8 +543,7 @@ def alpha_rho_kappa(axes=None):
     return left.figure
 
 
-# --------------------------------------------------------------------------------------------------
-# along a run
+# -- along a run -----------------------------------------------------------------------------------
 
 
 def loss_curves(runs, ax=None, key="loss"):
@@ -598,9 +601,9 @@ def watched_tensor(run, tensor):
     HESTIA: means over seeds."""
     snapshots = read_snapshots(run)
     found = along(snapshots, ("absmean", "hestia"), "hist")
-    name = str(snapshots[f"{next(iter(found))}/tensors"][tensor])
+    (name, *_) = (arrays["tensors"][tensor] for arrays in snapshots.values())
     histograms = {row: (step, hist.mean(0)[:, tensor]) for row, (step, hist) in found.items()}
-    return name, snapshots["bins"], histograms
+    return str(name), Watch.bins, histograms
 
 
 def draw_histogram(ax, now, start, bins):
@@ -671,9 +674,7 @@ def overview(folder):
     return fig
 
 
-# --------------------------------------------------------------------------------------------------
-# command line
-
+# -- command line ----------------------------------------------------------------------------------
 
 RUN = "a run"
 of_run = lambda draw: lambda run: draw(read_results(run))

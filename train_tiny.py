@@ -8,11 +8,12 @@
 
 For every seed a tiny Llama is trained in full precision on bytes of text, and the sensitivity of
 each linear layer is estimated (Hutch++). Each method then starts from the same weights, sees the
-same batches, is hardened, saved and measured. out/<name>/ gets config.json, log.jsonl,
-results.json, snapshots.npz, overview.png and the checkpoints. --resume goes on from its runs/.
+same batches, is hardened, saved and measured. out/<name>/ gets config.json,
+results.json, overview.png and the checkpoints; runs/ in it what --resume and the figures read.
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -22,7 +23,6 @@ import os
 import platform
 import random
 import re
-import subprocess
 import sys
 import time
 import warnings
@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 import hestia
-from plots import LABELS, Watch, label, overview, print_table, summarize, write
+from plots import Watch, label, overview, print_table, run_file, summarize, write, write_json
 
 # -- What can be asked for -------------------------------------------------------------------------
 
@@ -64,8 +64,7 @@ class Config:
     kappa: float = option(1.0, "gain of the sensitivity score (Eq. 13)", 0)
     tau_init: float = option(0.0, "temperature at first, in units of gamma; 0: best fit", 0)
     group_size: int = option(64, "weights that share one scale; 0: one scale per tensor", 0)
-    sensitivity: str = option("hutchpp", "traces by hutchpp (Eq. 12) or joint (sooner); or fisher, "
-                              "gradnorm, error: what notebooks/lab/curvature.py has instead")
+    sensitivity: str = option("hutchpp", "Eq. (12); joint: sooner; or fisher, gradnorm, error")
     calibration: int = option(4, "sequences for the traces, of about 512 tokens or more together")
     rank: int = option(10, "rank r of the Hutch++ sketch", 0)
     samples: int = option(20, "Rademacher samples of Hutch++", 2)
@@ -129,12 +128,8 @@ def check(config):
         if f.type in (int, float) and not least <= value <= most:
             name = f.name.replace("_", "-")
             raise ValueError(f"--{name} is {value}; expected a number from {least:g} to {most:g}")
-    if config.batch_size % config.micro_batches:
-        raise ValueError("--batch-size is no multiple of --micro-batches; expected equal parts")
-    if config.heads % 2 or config.hidden % (2 * config.heads):
-        raise ValueError("--hidden is no even multiple of --heads, or --heads is odd")
-    others = config.val_data, config.llama, config.packed, config.device  # not for all to check
-    if any(others) or config.sensitivity not in ("hutchpp", "joint"):
+    others = config.val_data, config.llama, config.packed, config.device, config.micro_batches > 1
+    if any(others) or config.sensitivity != "hutchpp" or config.heads % 2:
         lab("options").check(config)
     config.methods = tuple(dict.fromkeys(config.methods))
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -145,11 +140,10 @@ def check(config):
 
 def standard_library():
     """(train, validation) bytes of Python's own source: files shuffled once, split 95 / 5."""
-    root, files = Path(os.__file__).parent, []
+    root = Path(os.__file__).parent
     skip = {"test", "tests", "idle_test", "encodings", "lib2to3", "site-packages"}
-    for file in sorted(root.rglob("*.py")):
-        if not skip.intersection(file.relative_to(root).parts[:-1]):
-            files.append(file.read_bytes())
+    files = [file.read_bytes() for file in sorted(root.rglob("*.py"))
+             if not skip.intersection(file.relative_to(root).parts[:-1])]
     random.Random(0).shuffle(files)
     cut = round(0.95 * len(files))
     return b"".join(files[:cut]), b"".join(files[cut:])
@@ -157,37 +151,20 @@ def standard_library():
 
 def load_text(config):
     """{"train", "val", perhaps "test": tokens}, and what to record about them."""
-    paths = {"train": config.data, "val": config.val_data, "test": config.test_data}
-    texts = {split: Path(path).read_bytes() for split, path in paths.items() if path}
-    if not config.data:
-        texts["train"], texts["val"] = standard_library()
-    if config.llama:
-        tokens = lab("texts").tokenize(texts, config.llama)
+    if config.data or config.test_data:
+        tokens, facts = lab("texts").load(config)
     else:
-        tokens = {split: torch.tensor(np.frombuffer(b, np.uint8)) for split, b in texts.items()}
-    if "val" not in tokens:
-        cut = round(0.95 * len(tokens["train"]))
-        tokens["train"], tokens["val"] = tokens["train"].tensor_split([cut])
-    unit = "token" if config.llama else "byte"
-    facts = {"source": config.data or f"standard library of Python {platform.python_version()}",
-             "sha256": hashlib.sha256(b"\0".join(texts.values())).hexdigest(), "unit": unit}
+        train, val = standard_library()
+        tokens = {"train": np.frombuffer(train, np.uint8), "val": np.frombuffer(val, np.uint8)}
+        facts = {"source": f"standard library of Python {platform.python_version()}",
+                 "sha256": hashlib.sha256(train + b"\0" + val).hexdigest(), "unit": "byte"}
     for split, text in tokens.items():
-        tokens[split], facts[f"{split}_{unit}s"] = text.to(config.device), len(text)
+        tokens[split] = torch.tensor(text, device=config.device)
+        facts[f"{split}_{facts['unit']}s"] = len(text)
         if len(text) <= config.block_size + 1:
-            raise ValueError(f"the {split} text has {len(text)} {unit}s; expected more than a "
-                             f"block of {config.block_size} and its target")
+            raise ValueError(f"the {split} text has {len(text)} {facts['unit']}s; expected more "
+                             f"than a block of {config.block_size} and its target")
     return tokens, facts
-
-
-def small_llama(config):
-    return hestia.Llama(hestia.LlamaConfig(
-        vocab_size=256, hidden_size=config.hidden, intermediate_size=config.intermediate,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.heads // 2, rope_theta=10000.0))
-
-
-def write_json(path, what):
-    write(path, lambda half: half.write_text(json.dumps(what, indent=1, allow_nan=False) + "\n"))
 
 
 def save_checkpoint(path, model):
@@ -203,42 +180,33 @@ def load_checkpoint(path):
     return model
 
 
-def run_file(folder, name, seed, ending):
-    """Where a training keeps something. An ablation's name has signs that a file's should not."""
-    return folder / "runs" / (re.sub("[:=, ]+", "-", name) + f"-seed{seed}.{ending}")
-
-
 # -- The experiment --------------------------------------------------------------------------------
 
 
-class Log:
-    """Keeps the records of one training, and prints a line for each."""
-
-    def __init__(self, name, steps):
-        self.name, self.steps, self.records, self.began = name, steps, [], time.perf_counter()
-
-    def __call__(self, t, r):
-        if not np.isfinite(r["loss"] + r["grad_norm"]):  # which fast.Update would say a step later
-            raise hestia.Diverged(f"{self.name}: loss {r['loss']} at step {t}; lower --lr")
-        r["seconds"] = time.perf_counter() - self.began
-        left = r["seconds"] / (t + 1) * (self.steps - t - 1)
-        soft = f"  p {r['p']:.2f}  tau {r['tau_min']:.3f}-{r['tau_max']:.3f}" if "p" in r else ""
-        print(f"  step {t:5d}/{self.steps}  loss {r['loss']:.4f}  grad {r['grad_norm']:.2f}{soft}"
-              f"  {left:.0f} s left", flush=True)
-        usual = np.median([old["grad_norm"] for old in self.records[-20:]] or [np.inf])
-        if r["grad_norm"] > 100 * usual:
-            warnings.warn(f"{self.name}: the gradient norm jumped from {usual:.3g} to "
-                          f"{r['grad_norm']:.3g}; lower --lr, or look at the text", stacklevel=2)
-        self.records.append(r)
+def report(name, steps, r, log):
+    """Print a line for a record. log: those before it."""
+    t, usual = r["step"], np.median([old["grad_norm"] for old in log[-20:]] or [np.inf])
+    if not np.isfinite(r["loss"] + r["grad_norm"]):  # which fast.Update would say a step later
+        raise hestia.Diverged(f"{name}: loss {r['loss']} at step {t}; lower --lr")
+    left = r["seconds"] / (t + 1) * (steps - t - 1)
+    soft = f"  p {r['p']:.2f}  tau {r['tau_min']:.3f}-{r['tau_max']:.3f}" if "p" in r else ""
+    print(f"  step {t:5d}/{steps}  loss {r['loss']:.4f}  grad {r['grad_norm']:.2f}{soft}"
+          f"  {left:.0f} s left", flush=True)
+    if r["grad_norm"] > 100 * usual:
+        warnings.warn(f"{name}: the gradient norm jumped from {usual:.3g} to {r['grad_norm']:.3g}; "
+                      "lower --lr, or look at the text", stacklevel=2)
+    if t == steps - 1 and r.get("tau_max", 0.0) > 0.03:
+        warnings.warn(f"{name} was still soft at the end, tau = {r['tau_max']:.2f}; rounding moves "
+                      "its weights; take more --steps or a smaller --rho", stacklevel=2)
 
 
 def train(config, model, tokens, name, seed, folder, steps, lr, qat=None, on_step=None, **more):
-    """hestia.train with this run's settings, from a saved state if there is one: Log, Watch."""
+    """hestia.train with this run's settings, from a saved state if there is one: (log, Watch)."""
     every, state = max(1, steps // 40), run_file(folder, name, seed, "state")
-    log, watch = Log(name, steps), Watch(qat, every) if qat else None
-    trained = qat.parameters() if qat else list(model.parameters())
-    optimizer, saved = hestia.adamw(trained, lr), time.monotonic()
-    start = lab("resume").restore(state, optimizer, log, watch) if state.exists() else 0
+    log, watch = [], Watch(qat, every) if qat else None
+    optimizer = hestia.adamw(qat.parameters() if qat else list(model.parameters()), lr)
+    start = lab("resume").restore(state, optimizer, steps, log, watch) if state.exists() else 0
+    began, saved = time.perf_counter() - (log[-1]["seconds"] if log else 0), time.monotonic()
     if config.compile or "RANK" in os.environ:
         model, more = lab("fast").faster(config, model, qat, more)
 
@@ -248,9 +216,11 @@ def train(config, model, tokens, name, seed, folder, steps, lr, qat=None, on_ste
             if follow:
                 follow(t, record)
         if record:
-            log(t, record)
+            record["seconds"] = time.perf_counter() - began
+            report(name, steps, record, log)
+            log.append(record)
             if time.monotonic() - saved >= 60 * config.save_minutes:
-                saved = lab("resume").save(state, t + 1, optimizer, log, watch)
+                saved = lab("resume").save(state, t + 1, optimizer, steps, log, watch)
 
     hestia.train(model, tokens, steps=steps, lr=lr, qat=qat, log_every=every, on_step=after_step,
                  start=start, optimizer=optimizer, batch_size=config.batch_size, clip=config.clip,
@@ -260,11 +230,14 @@ def train(config, model, tokens, name, seed, folder, steps, lr, qat=None, on_ste
 
 
 def first_model(config, seed):
-    """The model as it comes: loaded, or with random weights."""
+    """The model as it comes: loaded, or a small one with random weights."""
     if config.llama:
         return lab("options").llama(config)
     torch.manual_seed(seed)
-    return small_llama(config).to(config.device)
+    return hestia.Llama(hestia.LlamaConfig(
+        vocab_size=256, hidden_size=config.hidden, intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads,
+        num_key_value_heads=config.heads // 2, rope_theta=10000.0)).to(config.device)
 
 
 def make(config, name, model, scores, row=None):
@@ -274,7 +247,6 @@ def make(config, name, model, scores, row=None):
                     dtype=torch.bfloat16 if "cuda" in config.device else None)
     row = ROWS.get(name) if row is None else row
     if name not in ROWS or config.compile or config.distill:
-        LABELS.update(lab("rivals").LABELS)
         return lab("rivals").make(name, model, config.steps, config.lr, row, distill=config.distill,
                                   compile=config.compile, **settings)
     return hestia.Hestia(model, config.steps, **settings | row), {}
@@ -313,13 +285,11 @@ def sensitivities(config, model, tokens, seed):
         loss = lambda batch: model(*batch)
         traces = hestia.hessian_traces(loss, params, batches, config.sensitivity, **how)
     else:
-        traces = lab("curvature").sensitivities(config.sensitivity, model, batches, params,
-                                                group_size=config.group_size or None, **how)
+        traces = lab("curvature").sensitivities(config, model, params, batches, **how)
     print()
-    scores, tensors = hestia.sensitivity_scores(traces, config.kappa), {}
-    for name, h in traces.items():
-        h = h if isinstance(h, hestia.TraceEstimate) else hestia.TraceEstimate(h, 0.0)
-        tensors[name] = {**h._asdict(), "flagged": h.flagged, "score": scores[name]}
+    scores = hestia.sensitivity_scores(traces, config.kappa)
+    tensors = {name: {**h._asdict(), "flagged": h.flagged, "score": scores[name]}
+               for name, h in traces.items()}
     if config.kappa and max(scores.values()) - min(scores.values()) < 0.02:
         warnings.warn("all scores are alike and guide nothing; take more --samples", stacklevel=2)
     return {"seconds": time.perf_counter() - began, "tensors": tensors}
@@ -335,17 +305,16 @@ def begin(config, tokens, seed, folder):
         print(f"[seed {seed}] full precision: {size:,} parameters, {steps} steps", flush=True)
         lr = 3e-3 * 128 / config.hidden  # a wider model takes smaller steps
         log, _ = train(config, model, tokens["train"], "pretrain", seed, folder, steps, lr)
-        write_json(run_file(folder, "pretrain", seed, "json"), {"log": log.records})
+        write_json(run_file(folder, "pretrain", seed, "json"), {"log": log})
         save_checkpoint(kept, model)
         run_file(folder, "pretrain", seed, "state").unlink(missing_ok=True)
     path = run_file(folder, "start", seed, "json")
     if path.exists():
         return model, json.loads(path.read_text())
-    entry = {"before": losses(config, model, tokens)}
+    entry = {"before": losses(config, model, tokens), "sensitivities": {"tensors": {}}}
     qat, _ = make(config, "absmean", copy.deepcopy(model), None)
     with qat.hard():
         entry["untrained"] = losses(config, qat.model, tokens)
-    entry["sensitivities"] = {"seconds": 0, "tensors": {}}
     if not {"full", "absmean", "hestia-no-hessian"}.issuperset(config.methods):
         entry["sensitivities"] = sensitivities(config, model, tokens["train"], seed)
     write_json(path, entry)
@@ -364,11 +333,7 @@ def run_row(config, name, model, entry, tokens, seed, folder, row=None):
     qat, more = make(config, name, model, scores or None, row)
     log, watch = train(config, model, tokens["train"], name, seed, folder, config.steps, config.lr,
                        qat, **more)
-    last = log.records[-1]
-    if last.get("tau_max", 0.0) > 0.03:
-        warnings.warn(f"{name} was still soft at the end, tau = {last['tau_max']:.2f}; rounding "
-                      "moves its weights; take more --steps or a smaller --rho", stacklevel=2)
-    numbers = {"lr": config.lr, "seconds": last["seconds"], "tau_init": qat.tau_init}
+    numbers = {"lr": config.lr, "seconds": log[-1]["seconds"], "tau_init": qat.tau_init}
     if qat.method is not hestia.METHODS["full"]:
         numbers["changed_last_tenth"] = watch.changed()
     qat.harden()
@@ -377,38 +342,17 @@ def run_row(config, name, model, entry, tokens, seed, folder, row=None):
         save_checkpoint(folder / f"{path.stem}.pt", model)
     elif name != "full":
         lab("options").save(config, model, folder / path.stem)
-    arrays = watch.arrays(name, seed)
-    write(path.with_suffix(".npz"), lambda half: np.savez(half, **arrays))
-    write_json(path, {"row": numbers, "log": log.records})
+    write(path.with_suffix(".npz"), lambda half: np.savez_compressed(half, **watch.arrays()))
+    write_json(path, {"row": numbers, "log": log})
     path.with_suffix(".state").unlink(missing_ok=True)  # it is large
     return numbers
 
 
-# -- Table, figure, files --------------------------------------------------------------------------
-
-
-def sample(config, model, seed):
-    """Some text by the model, after a line break."""
-    ids, generator = torch.tensor([[10]], device=config.device), torch.Generator().manual_seed(seed)
-    ids = hestia.generate(model, ids, 200, config.block_size, generator=generator)[0].tolist()
-    text = bytes(ids).decode("utf-8", "replace").strip("\n")
-    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-
-
-def finish(config, about, entries, per_seed, folder):
-    """results.json, log.jsonl, snapshots.npz, overview.png and the table, from what is in runs/."""
-    lines, arrays, table = [], {"bins": Watch.bins}, summarize(per_seed)
-    for seed in range(config.seed, config.seed + config.seeds):
-        for name in ("pretrain", *config.methods):
-            path = run_file(folder, name, seed, "json")
-            for record in json.loads(path.read_text())["log"] if path.exists() else ():
-                lines.append(json.dumps({"seed": seed, "method": name, **record}) + "\n")
-            if path.with_suffix(".npz").exists():
-                arrays |= np.load(path.with_suffix(".npz"))
-    write(folder / "log.jsonl", lambda half: half.write_text("".join(lines)))
-    write(folder / "snapshots.npz", lambda half: np.savez_compressed(half, **arrays))
-    traces = {"sensitivities": [entry["sensitivities"] for entry in entries]}
-    write_json(folder / "results.json", about | {"table": table, "per_seed": per_seed} | traces)
+def finish(about, entries, per_seed, folder):
+    """results.json, overview.png and the table."""
+    table, traces = summarize(per_seed), [entry["sensitivities"] for entry in entries]
+    write_json(folder / "results.json", about | {"table": table, "per_seed": per_seed,
+                                                 "sensitivities": traces})
     write(folder / "overview.png", lambda half: overview(folder).savefig(half, dpi=150))
     print_table(table, about["data"]["unit"])
 
@@ -416,11 +360,8 @@ def finish(config, about, entries, per_seed, folder):
 def open_folder(config, facts):
     """The folder of this run, new or to be gone on with, and what results.json says of the run."""
     apart = ("out", "resume", "save_minutes")  # which change no number
-    settings = {name: value for name, value in vars(config).items() if name not in apart}
-    here = Path(__file__).resolve().parent
-    failed, commit = subprocess.getstatusoutput(f'git -C "{here}" describe --always --dirty')
     gpu = "cuda" in config.device and torch.cuda.get_device_name(config.device)
-    about = {"config": settings, "data": facts, "commit": None if failed else commit,
+    about = {"config": {k: v for k, v in vars(config).items() if k not in apart}, "data": facts,
              "versions": {"python": platform.python_version(), "torch": torch.__version__},
              "hardware": {"device": gpu or platform.machine(), "threads": torch.get_num_threads()}}
     if config.resume:
@@ -435,17 +376,15 @@ def open_folder(config, facts):
 
 
 def run(config):
-    """The whole experiment. Returns its folder."""
+    """The whole experiment."""
     check(config)
     torch.set_flush_denormal(True)  # numbers below 1e-38 would slow a CPU down as tau falls
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the Hessian products
     tokens, facts = load_text(config)
     for name in config.methods:  # each is made once, so that what does not fit is refused now
-        known = dataclasses.replace(config, tau_init=config.tau_init or 0.3)
-        make(known, name, first_model(config, 0), None)
+        make(dataclasses.replace(config, tau_init=0.3), name, first_model(config, 0), None)
     folder, about = open_folder(config, facts)
     print(f"{facts['source']}: {len(tokens['train']):,} {facts['unit']}s; results go to {folder}/")
-
     entries, per_seed = [], []
     for seed in range(config.seed, config.seed + config.seeds):
         model, entry = begin(config, tokens, seed, folder)
@@ -454,38 +393,28 @@ def run(config):
             rows[name] = run_row(config, name, model, entry, tokens, seed, folder)
         entries.append(entry)
         per_seed.append(rows)
-    finish(config, about, entries, per_seed, folder)
-    if not config.llama:
-        last = load_checkpoint(folder / f"{config.methods[-1]}-seed{seed}.pt").to(config.device)
-        print(f"\nIn full precision it writes:\n\n{sample(config, model, seed)}")
-        print(f"\nAfter {label(config.methods[-1])}:\n\n{sample(config, last, seed)}")
+    finish(about, entries, per_seed, folder)
+    for name in () if config.llama else ("pretrained", config.methods[-1]):
+        model = load_checkpoint(folder / f"{name}-seed{seed}.pt").to(config.device)
+        ids = hestia.generate(model, torch.tensor([[10]], device=config.device), 200,
+                              config.block_size, generator=torch.Generator().manual_seed(seed))[0]
+        text = re.sub(r"[^\n -~]", "?", bytes(ids.tolist()).decode("latin-1"))
+        print(f"\nA sample, {label(name.replace('pretrained', 'before'))}:\n\n{text.strip()}")
     print(f"\nEverything is in {folder}/")
-    return folder
 
 
 def main(arguments=None):
     config = parse(arguments)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # what a model writes may not fit the terminal
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
+    several = lab("parallel").one_of_several if "RANK" in os.environ else contextlib.nullcontext
     try:
-        if "RANK" in os.environ:
-            with lab("parallel").one_of_several(config):
-                run(config)
-        else:
+        with several(config):
             run(config)
         return 0
-    except (ValueError, OSError, ImportError) as error:  # what a user gave
-        named = isinstance(error, OSError) and error.filename
-        code, why = 2, f"{error.filename} cannot be used: {error.strerror}" if named else error
-    except (RuntimeError, MemoryError) as error:
-        code, why = 1, f"the run failed: {error}"
-    except KeyboardInterrupt:
-        code, why = 130, f"interrupted; to go on, say the same with --resume --out {config.out}"
-        why = why if config.out else "interrupted before anything was written"
-    print(f"train_tiny.py: {why}", file=sys.stderr)
-    return code
+    except (Exception, KeyboardInterrupt) as error:
+        return lab("options").explain(error, "train_tiny.py", config)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     sys.exit(main())

@@ -106,26 +106,24 @@ def rounding_errors(params, group_size=None):
     return errors
 
 
-def sensitivities(kind, model, batches, params, *, rank=10, samples=20, generator=None,
-                  group_size=None, progress=None):
-    """What ranks the tensors, by its name. Returns {name: TraceEstimate, or float without error}.
+def sensitivities(config, model, params, batches, **how):
+    """Another ranking of the tensors for train_tiny.py. Returns {name: TraceEstimate}.
 
-    kind: "hutchpp", the paper's; "joint"; "fisher"; "gradnorm"; "error". model(x, y) -> mean loss,
-    model(x) -> logits. batches: a list of (x, y). params: {name: weight of a layer}. group_size is
-    for "error". The rest is as in `hestia.hessian_traces`.
+    config.sensitivity: "fisher", "gradnorm" or "error"; config.group_size is for the last.
+    model(x, y) -> mean loss, model(x) -> logits. params: {name: weight of a layer}. batches: a
+    list of (x, y). how: as in `hestia.hessian_traces`.
     """
-    loss_fn = lambda batch: model(*batch)
-    draws = {"generator": generator, "progress": progress}
-    if kind in ("hutchpp", "joint"):
-        return hestia.hessian_traces(loss_fn, params, batches, kind, rank, samples, **draws)
-    if kind == "fisher":
-        return fisher_traces(lambda batch: model(batch[0]), params, batches, samples, **draws)
-    if kind == "gradnorm":
-        return gradient_norms(loss_fn, params, batches)
-    if kind == "error":
-        return rounding_errors(params, group_size)
-    raise ValueError(f"unknown sensitivity {kind!r}; expected hutchpp, joint, fisher, gradnorm or "
-                     "error")
+    if config.sensitivity == "fisher":
+        how.pop("rank")
+        return fisher_traces(lambda batch: model(batch[0]), params, batches, **how)
+    if config.sensitivity == "gradnorm":
+        found = gradient_norms(lambda batch: model(*batch), params, batches)
+    elif config.sensitivity == "error":
+        found = rounding_errors(params, config.group_size or None)
+    else:
+        raise ValueError(f"unknown sensitivity {config.sensitivity!r}; expected fisher, gradnorm "
+                         "or error")
+    return {name: hestia.TraceEstimate(value, 0.0) for name, value in found.items()}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,12 @@ def check(config):
     for option in ("llama", "val_data"):
         if getattr(config, option) and not config.data:
             raise ValueError(f"--{option.replace('_', '-')} needs --data, a text to train on")
+    if config.batch_size % config.micro_batches:
+        raise ValueError(f"--batch-size {config.batch_size} is no multiple of --micro-batches "
+                         f"{config.micro_batches}; expected equal parts")
+    if config.heads % 2 and not config.llama:
+        raise ValueError(f"--heads is {config.heads}; expected an even number, since half as many "
+                         "are key-value heads")
     if config.packed and not config.llama:
         raise ValueError("--packed needs --llama; expected the folder of a Llama to start from")
     try:
@@ -128,3 +135,20 @@ def read_kept(path):
 def read_npz(path):
     with np.load(path) as arrays:
         return dict(arrays)
+
+
+def explain(error, program, config):
+    """Say in one sentence why a script ends, on stderr. Returns its exit code; raises faults."""
+    code, why = 2, str(error)  # ValueError, OSError, ImportError: what a user gave
+    if isinstance(error, KeyboardInterrupt):
+        code, why = 130, "interrupted before anything was written"
+        if config.out:
+            why = f"interrupted; to go on, say the same with --resume --out {config.out}"
+    elif isinstance(error, OSError) and error.filename:
+        why = f"{error.filename} cannot be used: {error.strerror}"
+    elif isinstance(error, RuntimeError | MemoryError):
+        code, why = 1, f"the run failed: {error}"
+    elif not isinstance(error, ValueError | OSError | ImportError):
+        raise error
+    print(f"{program}: {why}", file=sys.stderr)
+    return code

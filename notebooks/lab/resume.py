@@ -1,9 +1,9 @@
 """The state of a long training, saved and taken up again: the same bits as without a break.
 
-    saved = resume.save(path, t + 1, optimizer, log, watch)     # after a recorded step
-    start = resume.restore(path, optimizer, log, watch)         # the next step, in a new process
+    saved = resume.save(path, t + 1, optimizer, steps, log, watch)     # after a recorded step
+    start = resume.restore(path, optimizer, steps, log, watch)         # in a new process
 
-log and watch are train_tiny's Log and Watch; watch is None for a training without latents. Batches
+log is the list of records; watch is a plots.Watch, or None for a training without latents. Batches
 are functions of the step, so they need no state.
 """
 
@@ -16,7 +16,7 @@ import torch
 import plots
 
 
-def save(path, step, optimizer, log, watch):
+def save(path, step, optimizer, steps, log, watch):
     """Write what the steps from `step` on depend on, whole or not at all. Returns time.monotonic().
 
     The optimizer's parameters are the latents, what a method learns beside them, and all that is
@@ -27,8 +27,8 @@ def save(path, step, optimizer, log, watch):
     for row in watch.rows if watch else ():
         rows.append({**row, "hist": torch.from_numpy(np.array(row["hist"]))})
     state = {
-        "step": step, "steps": log.steps, "parameters": parameters,
-        "optimizer": optimizer.state_dict(), "log": log.records, "rows": rows,
+        "step": step, "steps": steps, "parameters": parameters,
+        "optimizer": optimizer.state_dict(), "log": log, "rows": rows,
         "late": watch.late if watch else None, "random": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
@@ -50,15 +50,15 @@ def read(path):
         raise ValueError(f"{path} is no saved state ({why}); remove it to train anew") from None
 
 
-def restore(path, optimizer, log, watch):
+def restore(path, optimizer, steps, log, watch):
     """Put a saved state into a training that was set up like the first time. Returns its step.
 
     ValueError says what differs. Nothing is changed then.
     """
-    step, steps, parameters, adam, records, rows, late, random, cuda = read(path)
+    step, of, parameters, adam, records, rows, late, random, cuda = read(path)
     own = [group["params"] for group in optimizer.param_groups]
     shapes = lambda groups: [[f"{tuple(p.shape)} {p.dtype}" for p in group] for group in groups]
-    facts = [("steps", steps, log.steps)]
+    facts = [("steps", of, steps)]
     facts += [("parameters", [len(g) for g in parameters], [len(g) for g in own])]
     for then, now in zip(shapes(parameters), shapes(own)):
         facts += [(f"parameter {k}", *pair) for k, pair in enumerate(zip(then, now))]
@@ -76,7 +76,7 @@ def restore(path, optimizer, log, watch):
     device = own[0][0].device
     if cuda is not None and device.type == "cuda":
         torch.cuda.set_rng_state(cuda, device)
-    log.records, log.began = records, time.perf_counter() - records[-1]["seconds"]
+    log[:] = records
     if watch:
         watch.rows = [{**row, "hist": list(row["hist"].numpy())} for row in rows]
         watch.late = late and {name: codes.to(device) for name, codes in late.items()}

@@ -28,8 +28,9 @@ from pathlib import Path
 import torch
 
 import hestia
+import plots
 import train_tiny
-from notebooks.lab import rivals, tables
+from notebooks.lab import options, rivals, tables
 
 # {what: {row: arguments of Hestia}}. Two keys are this file's own: what becomes of the scores, and
 # from how many samples they are estimated.
@@ -139,7 +140,7 @@ class Study:
                                  f"expected more than a block of {config.block_size}")
 
     def path(self, name, seed):
-        return train_tiny.run_file(self.folder, name, seed, "json")
+        return plots.run_file(self.folder, name, seed, "json")
 
     def stages(self):
         """[{file of a task: its function}]. A stage begins when the one before has ended."""
@@ -185,7 +186,7 @@ class Study:
                              self.tuning_seed, self.folder, config.steps, lr, qat, **more)
             qat.harden()
             loss = train_tiny.losses(config, model, {"end": self.tuning_tokens["end"]})["end"]
-        train_tiny.write_json(path, loss if math.isfinite(loss or 0.0) else None)
+        plots.write_json(path, loss if math.isfinite(loss or 0.0) else None)
         path.with_suffix(".state").unlink(missing_ok=True)
 
     def row(self, name, seed):
@@ -233,9 +234,8 @@ class Study:
             per_seed.append(rows)
         tuned = names if self.config.lrs else ()
         about["tuning"] = {name.partition(":")[0]: self.tuning(name) for name in tuned}
-        config = dataclasses.replace(self.config, methods=tuple(names))
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-            train_tiny.finish(config, about, entries, per_seed, self.folder)  # a shorter table
+            train_tiny.finish(about, entries, per_seed, self.folder)  # a shorter table
         tables.show(self.folder / "results.json")
 
 
@@ -324,6 +324,9 @@ def run(arguments):
     bits = study.bits()
     config.resume = (study.folder / "config.json").exists()
     _, about = train_tiny.open_folder(config, facts)
+    git = f'git -C "{Path(__file__).parent}" describe --always --dirty'
+    failed, about["commit"] = subprocess.getstatusoutput(git)
+    about["commit"] = None if failed else about["commit"]
     about["command"] = shlex.join(["python", "-m", "notebooks.lab.study", *arguments])
     for left in [*study.folder.glob("runs/*.lock"), *study.folder.glob("runs/*.failed")]:
         left.unlink()  # those tasks are taken again
@@ -345,12 +348,11 @@ def main(arguments=None):
     warnings.showwarning = lambda message, *_: print(f"  note: {message}", flush=True)
     try:
         return run(sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"study.py: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("\nstudy.py: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    except Exception as error:
+        return options.explain(error, "study.py", None)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,45 @@
-"""A text through a Llama's tokenizer, in pieces whose tokens are those of the whole."""
+"""Text files as tokens: bytes, or those of a Llama's tokenizer, in pieces that change nothing."""
 
+import hashlib
 import itertools
 import json
+import platform
 import re
 import time
 from pathlib import Path
 
-import torch
+import numpy as np
+
+import train_tiny
 
 PIECE = 1 << 16  # characters; tokenizers takes about 200 bytes of memory for each
 # Byte-level BPE first splits a text by a regular expression. That of Llama 3 and that of GPT-2 and
 # SmolLM2 split between a letter or digit and white space, whatever stands further away. Elsewhere
 # they may not: punctuation can take the line breaks after it, and a blank line is one token or two.
 CUT = re.compile(r"(?<=[^\W_])(?=[ \t\r\n])")
+
+
+def load(config):
+    """What train_tiny.py trains and measures on. Returns ({split: tokens}, what to record).
+
+    The splits are "train" and "val" (--val-data, or the last 5 % of --data) and, with --test-data,
+    "test". Tokens are bytes, uint8, or with --llama the Llama's, int32.
+    """
+    paths = {"train": config.data, "val": config.val_data, "test": config.test_data}
+    texts = {split: Path(path).read_bytes() for split, path in paths.items() if path}
+    source = config.data or f"standard library of Python {platform.python_version()}"
+    if not config.data:
+        texts = {**dict(zip(("train", "val"), train_tiny.standard_library())), **texts}
+    if config.llama:
+        tokens = tokenize(texts, config.llama)
+    else:
+        tokens = {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
+    if "val" not in tokens:
+        cut = round(0.95 * len(tokens["train"]))
+        train, val = np.split(tokens["train"], [cut])
+        tokens = {**tokens, "train": train, "val": val}
+    sha256 = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
+    return tokens, {"source": source, "sha256": sha256, "unit": "token" if config.llama else "byte"}
 
 
 def load_tokenizer(folder):
@@ -62,7 +89,7 @@ def pieces(text, tokenizer):
 
 
 def tokenize(texts, folder):
-    """{split: UTF-8 bytes} -> {split: tokens, int32 (N,)}, without a token for the beginning.
+    """{split: UTF-8 bytes} -> {split: tokens, int32 array (N,)}, without one for the beginning.
 
     folder: of a Llama. ValueError or ImportError says in one sentence what cannot be used.
     """
@@ -76,10 +103,10 @@ def tokenize(texts, folder):
         parts, ids, began = pieces(text, tokenizer), [], time.perf_counter()
         for k in range(0, len(parts), 8):  # eight at once, which tokenizers spreads over the cores
             for encoded in tokenizer.encode_batch(parts[k : k + 8], add_special_tokens=False):
-                ids.append(torch.tensor(encoded.ids, dtype=torch.int32))
+                ids.append(np.array(encoded.ids, np.int32))
             done = min(1.0, (k + 8) / len(parts))
             left = (time.perf_counter() - began) * (1 - done) / done
             print(f"\r  tokenizing the {split} text: {100 * done:.0f} %, {left:.0f} s left ",
                   end="" if done < 1 else "\n", flush=True)
-        tokens[split] = torch.cat([torch.zeros(0, dtype=torch.int32), *ids])
+        tokens[split] = np.concatenate([np.zeros(0, np.int32), *ids])
     return tokens

@@ -28,7 +28,8 @@ def results(worst="absmean"):
                 rows[row][split] = loss[row] + 0.01 * seed + 0.0003 * rng.normal()
         per_seed.append(rows)
     rates = {row: {"0.001": loss[row], "0.002": 1.4, "0.004": math.inf} for row in ROWS[1:4]}
-    config = {"steps": 40, "rho": 0.2, "alpha": 0.4, "kappa": 1.0, "group_size": 64, "samples": 20}
+    config = {"steps": 40, "rho": 0.2, "alpha": 0.4, "kappa": 1.0, "group_size": 64, "samples": 20,
+              "seed": 0}
     tensors = {}
     for kind, h, score in (("q", 0.5, 0.2), ("v", 9.0, 0.8), ("k", 5.0, 0.7)):
         name = f"model.layers.1.self_attn.{kind}_proj"
@@ -40,15 +41,13 @@ def results(worst="absmean"):
 def a_run(folder, study):
     """A folder with these results and with snapshots."""
     (folder / "results.json").write_text(json.dumps(study))
-    arrays = {"bins": np.linspace(-3, 3, 121)}
+    arrays = {"tensors": np.array(["model.layers.1.mlp.down_proj"]),
+              "step": np.arange(0, 40, 4), "felt": np.linspace(1, 0, 10),
+              "grad_norm": np.linspace(2, 1, 10), "grad_norm_latent": np.linspace(2, 3, 10),
+              "hist": np.full((10, 1, 120), 1 / 120)}
+    (folder / "runs").mkdir()
     for row in ("absmean", "hestia"):
-        arrays |= {f"{row}/tensors": np.array(["model.layers.1.mlp.down_proj"]),
-                   f"{row}/seed0/step": np.arange(0, 40, 4),
-                   f"{row}/seed0/felt": np.linspace(1, 0, 10),
-                   f"{row}/seed0/grad_norm": np.linspace(2, 1, 10),
-                   f"{row}/seed0/grad_norm_latent": np.linspace(2, 3, 10),
-                   f"{row}/seed0/hist": np.full((10, 1, 120), 1 / 120)}
-    np.savez(folder / "snapshots.npz", **arrays)
+        np.savez(plots.run_file(folder, row, 0, "npz"), **arrays)
     return folder
 
 

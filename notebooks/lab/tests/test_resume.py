@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import hestia
+import plots
 import train_tiny
 from notebooks.lab import resume
 
@@ -36,9 +37,8 @@ def text(tmp_path_factory):
 def training(row, steps, hidden=8):
     """(config, model, qat, further arguments of train) of a tiny model, always the same."""
     config = train_tiny.parse([*TINY, "--hidden", str(hidden), "--steps", str(steps),
-                               "--tau-init", "0.3", "--save-minutes", "0"])
-    torch.manual_seed(0)
-    model = train_tiny.small_llama(config)
+                               "--tau-init", "0.3", "--save-minutes", "0", "--device", "cpu"])
+    model = train_tiny.first_model(config, 0)
     qat, more = None, {}
     if row != "no latents":
         scores = {name: k / 6 for k, name in enumerate(hestia.linear_layers(model))}
@@ -58,10 +58,10 @@ def ended(row, steps, folder):
     log, watch = train_tiny.train(config, model, tokens, row, 0, folder, steps, 1e-2, qat, **more)
     arrays = {}
     if qat:
-        arrays = {**watch.arrays(row, 0), "changed": np.array(watch.changed())}
+        arrays = {**watch.arrays(), "changed": np.array(watch.changed())}
         qat.harden()
-    records = [untimed(record, row) for record in log.records]
-    seconds = [r["seconds"] for r in log.records]
+    records = [untimed(record, row) for record in log]
+    seconds = [r["seconds"] for r in log]
     assert seconds == sorted(seconds)  # they go on, too
     tensors = {name: t.numpy().tobytes() for name, t in model.state_dict().items()}
     return records, tensors, {name: a.tobytes() for name, a in arrays.items()}
@@ -110,13 +110,12 @@ def saved(tmp_path):
 
 def fresh(steps=3, hidden=8, row="hestia"):
     _, _, qat, _ = training(row, steps, hidden)
-    log, watch = train_tiny.Log(row, steps), train_tiny.Watch(qat, 1)
-    return hestia.adamw(qat.parameters(), 1e-2), log, watch
+    return hestia.adamw(qat.parameters(), 1e-2), steps, [], train_tiny.Watch(qat, 1)
 
 
-def everything(optimizer, log, watch):
+def everything(optimizer, steps, log, watch):
     parameters = [p.detach().clone() for g in optimizer.param_groups for p in g["params"]]
-    return [*parameters, torch.get_rng_state()], len(optimizer.state), len(log.records), watch.rows
+    return [*parameters, torch.get_rng_state()], len(optimizer.state), len(log), watch.rows
 
 
 def refused(path, what, *words):
@@ -173,14 +172,14 @@ def outcome(folder):
     """All that a finished run leaves, but for the time that it took."""
     results = json.loads((folder / "results.json").read_text())
     rows = [untimed(row, name) for name, row in results["per_seed"][0].items()]
-    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    log = [untimed(record, record["method"]) for record in log]
+    log = {key: [untimed(record, key[0]) for record in records]
+           for key, records in plots.read_log(folder).items()}
     tensors = {}
     for path in sorted(folder.glob("*.pt")):
         for name, t in train_tiny.load_checkpoint(path).state_dict().items():
             tensors[f"{path.name}/{name}"] = t.numpy().tobytes()
-    with np.load(folder / "snapshots.npz") as z:
-        arrays = {k: z[k].tobytes() for k in z}
+    arrays = {row: {key: array.tobytes() for key, array in arrays.items()}
+              for row, arrays in plots.read_snapshots(folder).items()}
     return {"rows": rows, "log": log, "tensors": tensors, "arrays": arrays}
 
 

@@ -14,11 +14,11 @@ import types
 from pathlib import Path
 
 import matplotlib.figure
-import numpy as np
 import pytest
 import torch
 
 import hestia
+import plots
 import train_tiny
 from notebooks.lab import rivals, study, tables
 
@@ -181,8 +181,8 @@ def outcome(folder):
     found = json.loads((folder / "results.json").read_text())
     for timed in [*found["per_seed"][0].values(), *found["sensitivities"]]:
         timed.pop("seconds", None)
-    with np.load(folder / "snapshots.npz") as z:
-        arrays = {k: z[k].tobytes() for k in z}
+    arrays = {row: {key: array.tobytes() for key, array in arrays.items()}
+              for row, arrays in plots.read_snapshots(folder).items()}
     tensors = {}
     for path in sorted(folder.glob("*.pt")):
         for name, t in train_tiny.load_checkpoint(path).state_dict().items():
@@ -201,8 +201,7 @@ def test_a_row_of_each_ablation(undisturbed, capsys):
     found = json.loads((undisturbed / "results.json").read_text())
     (rows,) = found["per_seed"]
     assert list(rows) == ["before", "untrained", *ROWS] == list(found["table"])
-    log = [json.loads(line) for line in (undisturbed / "log.jsonl").read_text().splitlines()]
-    last = {record["method"]: record["loss"] for record in log}  # hard ones may be equal
+    last = {row: records[-1]["loss"] for (row, _), records in plots.read_log(undisturbed).items()}
     assert last.keys() == {"pretrain", *ROWS} and len(set(last.values())) == len(last)
     assert all(rows[name]["lr"] == 3e-3 for name in ROWS)
     assert list(found["tuning"]) == ["full", "absmean", "hestia", "hestia-2bit"]

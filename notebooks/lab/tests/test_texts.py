@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
 
 import hestia
 from notebooks.lab import texts
@@ -71,7 +71,7 @@ def test_pieces_give_the_tokens_of_the_whole(kind, name, tmp_path, monkeypatch, 
     found = texts.pieces(text, tokenizer)
     assert "".join(found) == text and max(map(len, found)) < 600 < len(text) / 50
     tokens = texts.tokenize({"train": text.encode()}, folder_with(tokenizer, tmp_path))["train"]
-    assert tokens.dtype == torch.int32 and tokens.tolist() == tokenizer.encode(text).ids
+    assert tokens.dtype == np.int32 and tokens.tolist() == tokenizer.encode(text).ids
     assert "the train text: 100 %, 0 s left" in capsys.readouterr().out
 
 
@@ -111,7 +111,7 @@ def test_settings_for_a_chat_and_an_empty_text(tmp_path):
     tokenizer.enable_padding(length=1000)
     found = texts.tokenize({"train": text.encode(), "val": b""}, folder_with(tokenizer, tmp_path))
     assert found["train"].tolist() == ids and len(ids) > 7
-    assert found["val"].dtype == torch.int32 and found["val"].shape == (0,)
+    assert found["val"].dtype == np.int32 and found["val"].shape == (0,)
 
 
 def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path, monkeypatch):

@@ -1,0 +1,161 @@
+"""What people type and what disks do to files: an answer, or one sentence. Never a traceback."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import hestia
+import train_tiny
+from notebooks.lab import options
+
+TINY = """--layers 1 --hidden 8 --intermediate 8 --heads 2 --group-size 8 --batch-size 2 --rank 1
+--samples 2 --calibration 1 --block-size 8 --eval-tokens 64 --pretrain-steps 2 --steps 2""".split()
+VALUES = {  # beside numbers of all sizes
+    "methods": ["full", "absmean hestia", "twn", "fairy2i", "nothing", "full full", "hestia:alpha=1"],
+    "data": ["text.txt", "short.txt", "nowhere", ".", "binary"], "val-data": ["text.txt", "nowhere"],
+    "test-data": ["text.txt", "binary", ""], "llama": ["nowhere", ".", "text.txt"],
+    "sensitivity": ["joint", "fisher", "gradnorm", "error", "magic"], "preset": ["cpu", "tiny"],
+    "device": ["cpu", "cuda:77", "tpu", ""], "out": ["run", "text.txt", "full", "text.txt/run"],
+}
+NUMBERS = ["0", "1", "2", "3", "0.5", "-1", "1e-30", "1e30", "nan", "inf", "x", "", "2.5"]
+FLAGS = ["--packed", "--resume", "--no-packed", "--magic"]
+COSTLY = "--compile", "--seeds", "--seed", "--device"  # a compiler is slow, and 1e9 seeds are many
+
+
+def random_line(rng):
+    """Three or fewer changes to a small run."""
+    line = ["--data", "text.txt", "--methods", "hestia", "--out", "run"]
+    names = [action for field in train_tiny.dataclasses.fields(train_tiny.Config)
+             if (action := field.name.replace("_", "-")) not in ("compile", "packed", "resume")]
+    for name in rng.sample(names, rng.randint(1, 3)):
+        line += ["--" + name, *rng.choice(VALUES.get(name, NUMBERS)).split()]
+    return line + rng.choices(["", *FLAGS], [9, 1, 1, 1, 1])[0].split()
+
+
+def try_lines(count, seed, capsys):
+    """Random command lines. Returns their exit codes."""
+    rng, codes = random.Random(seed), []
+    for _ in range(count):
+        line = random_line(rng)
+        try:
+            code = train_tiny.main([*TINY, *line])
+        except SystemExit as ended:  # argparse
+            code = ended.code
+        said = capsys.readouterr().err
+        assert code in (0, 1, 2) and said.count("\n") == (code > 0), (line, code, said)
+        assert code == 0 or said.startswith("train_tiny.py: "), (line, said)
+        shutil.rmtree("run", ignore_errors=True)
+        codes.append(code)
+    return codes
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_bytes(Path(hestia.__file__).read_bytes()[:4000])
+    Path("short.txt").write_text("short")
+    Path("binary").write_bytes(bytes(range(256)) * 8)
+    Path("full/folder").mkdir(parents=True)
+
+
+def test_random_command_lines(files, capsys):
+    assert set(try_lines(30, 0, capsys)) == {0, 2}
+
+
+@pytest.mark.slow
+def test_three_hundred_random_command_lines(files, capsys):
+    assert set(try_lines(300, 1, capsys)) >= {0, 2}
+
+
+def damage(path, rng):
+    """One of the things that disks, copies and editors do to a file."""
+    content = bytearray(path.read_bytes())
+    kind = rng.choice(["cut", "empty", "bit", "zeros", "longer", "text", "swap", "folder", "gone"])
+    if kind == "cut":
+        del content[rng.randrange(len(content)) :]
+    elif kind == "empty":
+        content.clear()
+    elif kind == "bit":
+        for _ in range(rng.choice([1, 20])):
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    elif kind == "zeros":
+        start = rng.randrange(len(content))
+        content[start : start + 512] = bytes(len(content[start : start + 512]))
+    elif kind == "longer":
+        content += rng.randbytes(100)
+    elif kind == "text":
+        content = bytearray(rng.choice([b"{}", b"[1]", b"null", b'{"a": 1e999}', b"<html>", b"\xff"]))
+    elif kind == "swap":
+        middle = rng.randrange(len(content))
+        content = content[middle:] + content[:middle]
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind != "gone":
+        path.write_bytes(content)
+    return kind
+
+
+def try_damaged_llamas(count, seed, folder):
+    rng, refused = random.Random(seed), 0
+    config = train_tiny.Config(device="cpu", data="text.txt", llama=str(folder / "broken"))
+    for _ in range(count):
+        shutil.copytree(folder / "whole", folder / "broken")
+        file = rng.choice(["config.json", "model.safetensors"])
+        kind = damage(folder / "broken" / file, rng)
+        options.load_once.cache_clear()
+        try:
+            model = train_tiny.first_model(config, 0)
+            assert hestia.linear_layers(model), (kind, file)
+        except ValueError as error:
+            assert str(error).startswith("--llama ") and "\n" not in str(error), (kind, file, error)
+            refused += 1
+        shutil.rmtree(folder / "broken")
+    return refused
+
+
+def try_damaged_runs(count, seed, run, capsys):
+    """--resume after damage to what a run keeps. A damaged file is refused, or it is made anew."""
+    rng, codes = random.Random(seed), []
+    line = [*TINY, "--data", "text.txt", "--methods", "absmean", "hestia", "--resume", "--out"]
+    kept = sorted(path.relative_to(run) for path in run.rglob("*") if path.is_file())
+    for n in range(count):
+        shutil.copytree(run, f"copy{n}")
+        file = Path(f"copy{n}") / rng.choice(kept)
+        kind = damage(file, rng)
+        codes.append(train_tiny.main([*line, f"copy{n}"]))
+        said = capsys.readouterr().err
+        assert codes[-1] in (0, 2) and said.count("\n") == codes[-1] / 2, (file, kind, said)
+        shutil.rmtree(f"copy{n}")
+    return codes
+
+
+@pytest.fixture
+def llama(files):
+    pytest.importorskip("safetensors")
+    torch.manual_seed(0)
+    small = hestia.LlamaConfig(64, 16, 32, 1, 2, 1)
+    hestia.save_llama(hestia.Llama(small), Path("llamas") / "whole")
+    return Path("llamas")
+
+
+@pytest.fixture
+def run(files, capsys):
+    line = [*TINY, "--data", "text.txt", "--methods", "absmean", "hestia", "--out", "finished"]
+    assert train_tiny.main(line) == 0
+    capsys.readouterr()
+    return Path("finished")
+
+
+def test_damaged_checkpoints(llama, run, capsys):
+    assert try_damaged_llamas(25, 0, llama) > 10
+    assert {0, 2} == set(try_damaged_runs(15, 0, run, capsys))
+
+
+@pytest.mark.slow
+def test_two_hundred_damaged_checkpoints(llama, run, capsys):
+    try_damaged_llamas(120, 1, llama)
+    try_damaged_runs(80, 1, run, capsys)
