@@ -1454,7 +1454,7 @@ def test_warnings_and_divergence_are_said_in_plain_words(tmp_path, capsys):
     soft = [*few, "--steps", "3", "--kappa", "0.001", "--out", str(tmp_path / "soft")]
     assert train_tiny.main(soft) == 0
     said = capsys.readouterr().out
-    assert "note: all scores are alike" in said and "note: hestia was still soft at the end" in said
+    assert "note: seed 0: all scores are alike" in said and "note: hestia was still soft at the end" in said
     assert train_tiny.main([*few, "--lr", "1e8", "--out", str(tmp_path / "lr")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("train_tiny.py: the run failed: loss ") and said.count("\n") == 1

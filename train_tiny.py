@@ -8,8 +8,8 @@
 
 For every seed a tiny Llama is trained in full precision on bytes of text, and the sensitivity of
 each linear layer is estimated (Hutch++). Each method then starts from the same weights, sees the
-same batches, is hardened, saved and measured. out/<name>/ gets config.json,
-results.json, overview.png and the checkpoints; runs/ in it what --resume and the figures read.
+same batches, is hardened, saved and measured. out/<name>/ gets config.json, results.json,
+overview.png, the checkpoints, and in runs/ each training's log, for the figures and --resume.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Config:
     tau_init: float = option(0.0, "temperature at first, in units of gamma; 0: best fit", 0)
     group_size: int = option(64, "weights that share one scale; 0: one scale per tensor", 0)
     sensitivity: str = option("hutchpp", "Eq. (12); joint: sooner; or fisher, gradnorm, error")
-    calibration: int = option(4, "sequences for the traces, of about 512 tokens or more together")
+    calibration: int = option(4, "sequences for the traces, with about 512 tokens or more in all")
     rank: int = option(10, "rank r of the Hutch++ sketch", 0)
     samples: int = option(20, "Rademacher samples of Hutch++", 2)
     batch_size: int = option(32, "sequences per step")
@@ -83,7 +83,7 @@ class Config:
     packed: bool = option(False, "with --llama: also write two bits per weight")
     out: str = option("", "folder of this run; default: a new one under out/")
     resume: bool = option(False, "go on with the interrupted run in --out")
-    save_minutes: float = option(5.0, "minutes between saves of a training, for --resume", 0)
+    save_minutes: float = option(5.0, "least minutes between saves of a training, for --resume", 0)
 
 
 PRESETS = {  # what each changes. paper: Table 5; bring more text than the default
@@ -109,27 +109,27 @@ def parse(arguments=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"train_tiny.py: {message}\n")
     parser.add_argument("--preset", choices=PRESETS, help="cpu: minutes on two cores; gpu: 1.7 M "
-                        "parameters; paper: Table 5 [cpu; with --llama paper, joint traces]")
+                        "parameters; paper: Table 5 [cpu; with --llama: paper, and joint traces]")
     kinds = {bool: {"action": argparse.BooleanOptionalAction}, tuple: {"nargs": "+"}}
     for f in dataclasses.fields(Config):
         help = f"{f.metadata['help']} [{f.default}]".removesuffix(" []")
         kind = kinds.get(f.type, {"type": f.type})
         parser.add_argument("--" + f.name.replace("_", "-"), help=help, **kind)
     given = {k: v for k, v in vars(parser.parse_args(arguments)).items() if v is not None}
-    base = {"preset": "paper", "sensitivity": "joint"} if given.get("llama") else {"preset": "cpu"}
-    given = base | given
+    llama = {"preset": "paper", "sensitivity": "joint"} if given.get("llama") else {}
+    given = {"preset": "cpu"} | llama | given
     return Config(**PRESETS[given.pop("preset")] | given)
 
 
 def check(config):
-    """Refuse what cannot work, in one sentence, before anything is computed or written."""
+    """Refuse what options alone show cannot work, in one sentence. Settle methods and device."""
     for f in dataclasses.fields(Config):
         value, (least, most) = getattr(config, f.name), f.metadata["range"]
         if f.type in (int, float) and not least <= value <= most:
             name = f.name.replace("_", "-")
             raise ValueError(f"--{name} is {value}; expected a number from {least:g} to {most:g}")
-    others = config.val_data, config.llama, config.packed, config.device, config.micro_batches > 1
-    if any(others) or config.sensitivity != "hutchpp" or config.heads % 2:
+    special = config.val_data, config.llama, config.packed, config.device, config.micro_batches > 1
+    if any(special) or config.sensitivity != "hutchpp" or config.heads % 2:
         lab("options").check(config)
     config.methods = tuple(dict.fromkeys(config.methods))
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -184,9 +184,9 @@ def load_checkpoint(path):
 
 
 def report(name, steps, r, log):
-    """Print a line for a record. log: those before it."""
+    """Print a line for the record r. log: those before it."""
     t, usual = r["step"], np.median([old["grad_norm"] for old in log[-20:]] or [np.inf])
-    if not np.isfinite(r["loss"] + r["grad_norm"]):  # which fast.Update would say a step later
+    if not np.isfinite(r["loss"] + r["grad_norm"]):  # with --compile nothing else sees the last one
         raise hestia.Diverged(f"{name}: loss {r['loss']} at step {t}; lower --lr")
     left = r["seconds"] / (t + 1) * (steps - t - 1)
     soft = f"  p {r['p']:.2f}  tau {r['tau_min']:.3f}-{r['tau_max']:.3f}" if "p" in r else ""
@@ -216,7 +216,7 @@ def train(config, model, tokens, name, seed, folder, steps, lr, qat=None, on_ste
             if follow:
                 follow(t, record)
         if record:
-            record["seconds"] = time.perf_counter() - began
+            record["seconds"] = time.perf_counter() - began  # with those before an interruption
             report(name, steps, record, log)
             log.append(record)
             if time.monotonic() - saved >= 60 * config.save_minutes:
@@ -244,7 +244,7 @@ def make(config, name, model, scores, row=None):
     """(Hestia around the model, further arguments of hestia.train), for a line of the table."""
     settings = dict(group_size=config.group_size or None, rho=config.rho, alpha=config.alpha,
                     scores=scores, tau_init=config.tau_init or None,
-                    dtype=torch.bfloat16 if "cuda" in config.device else None)
+                    dtype=torch.bfloat16 if "cuda" in config.device else None)  # of W_eff
     row = ROWS.get(name) if row is None else row
     if name not in ROWS or config.compile or config.distill:
         return lab("rivals").make(name, model, config.steps, config.lr, row, distill=config.distill,
@@ -253,7 +253,7 @@ def make(config, name, model, scores, row=None):
 
 
 def losses(config, model, tokens):
-    """{split: nats per token}, on evenly spread blocks of a split and on all of the test text."""
+    """{split: nats per token}, on every k-th block of a split and on all of the test text."""
     found, size = {}, config.block_size
     for split, text in tokens.items():
         if split != "test" and config.eval_tokens:
@@ -291,12 +291,12 @@ def sensitivities(config, model, tokens, seed):
     tensors = {name: {**h._asdict(), "flagged": h.flagged, "score": scores[name]}
                for name, h in traces.items()}
     if config.kappa and max(scores.values()) - min(scores.values()) < 0.02:
-        warnings.warn("all scores are alike and guide nothing; take more --samples", stacklevel=2)
+        warnings.warn(f"seed {seed}: all scores are alike; take more --samples", stacklevel=2)
     return {"seconds": time.perf_counter() - began, "tensors": tensors}
 
 
 def begin(config, tokens, seed, folder):
-    """What the methods of a seed share: the model, and its losses and sensitivities."""
+    """What the methods of a seed share: the pretrained model, its losses and sensitivities."""
     model, kept = first_model(config, seed), folder / f"pretrained-seed{seed}.pt"
     if kept.exists():
         model = load_checkpoint(kept).to(config.device)
@@ -315,7 +315,7 @@ def begin(config, tokens, seed, folder):
     qat, _ = make(config, "absmean", copy.deepcopy(model), None)
     with qat.hard():
         entry["untrained"] = losses(config, qat.model, tokens)
-    if not {"full", "absmean", "hestia-no-hessian"}.issuperset(config.methods):
+    if not {"full", "absmean", "hestia-no-hessian"}.issuperset(config.methods):  # need no scores
         entry["sensitivities"] = sensitivities(config, model, tokens["train"], seed)
     write_json(path, entry)
     return model, entry
@@ -327,7 +327,7 @@ def run_row(config, name, model, entry, tokens, seed, folder, row=None):
     if path.exists():
         return json.loads(path.read_text())["row"]
     print(f"[seed {seed}] {label(name)}, {config.steps} steps", flush=True)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed)  # for rows that draw random numbers
     model = copy.deepcopy(model)
     scores = {tensor: h["score"] for tensor, h in entry["sensitivities"]["tensors"].items()}
     qat, more = make(config, name, model, scores or None, row)
@@ -381,7 +381,7 @@ def run(config):
     torch.set_flush_denormal(True)  # numbers below 1e-38 would slow a CPU down as tau falls
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the Hessian products
     tokens, facts = load_text(config)
-    for name in config.methods:  # each is made once, so that what does not fit is refused now
+    for name in config.methods:  # what does not fit is refused now; 0.3: without a search
         make(dataclasses.replace(config, tau_init=0.3), name, first_model(config, 0), None)
     folder, about = open_folder(config, facts)
     print(f"{facts['source']}: {len(tokens['train']):,} {facts['unit']}s; results go to {folder}/")
@@ -394,8 +394,8 @@ def run(config):
         entries.append(entry)
         per_seed.append(rows)
     finish(about, entries, per_seed, folder)
-    for name in () if config.llama else ("pretrained", config.methods[-1]):
-        model = load_checkpoint(folder / f"{name}-seed{seed}.pt").to(config.device)
+    for name in () if config.llama else ("pretrained", config.methods[-1]):  # of the last seed
+        model = load_checkpoint(folder / run_file(folder, name, seed, "pt").name).to(config.device)
         ids = hestia.generate(model, torch.tensor([[10]], device=config.device), 200,
                               config.block_size, generator=torch.Generator().manual_seed(seed))[0]
         text = re.sub(r"[^\n -~]", "?", bytes(ids.tolist()).decode("latin-1"))
