@@ -36,8 +36,7 @@ in, tau falls to zero, and it hardens into rounding, later where the Hessian's t
 
     Algorithm 1, line 1         hessian_traces, sensitivity_scores
     Algorithm 1, lines 2-3      train, batch_at
-    Algorithm 1, lines 4-6      Hestia.relax, Hestia.step_of
-    Algorithm 1, lines 7-10     Hestia.effective, Hestia.relax
+    Algorithm 1, lines 4-10     Hestia.relax, Hestia.step_of, Hestia.effective
     Algorithm 1, lines 11-12    Hestia.pull_back, update, train
     Algorithm 1, line 13        Hestia.harden
     Section 5.1                 linear_layers, optimal_tau_init, load_llama, save_llama
@@ -45,12 +44,10 @@ in, tau falls to zero, and it hardens into rounding, later where the Hessian's t
     Tables 1, 2 and 3           notebooks/lab/rivals.py: ROWS
     Table 4                     notebooks/lab/study.py: ABLATIONS
     Table 5                     train_tiny.py: PRESETS
-    Figure 1                    plots.py: staircase
-    Figure 2                    plots.py: schedules
+    Figures 1 and 2             plots.py: staircase, schedules
 
 Q means three things in the paper: the set of codes, the quantizer Q(W), and Q_i, an orthonormal
 basis in Eq. 12. H means two: the function H(w; tau), and H_i, a block of the Hessian.
-
 Where the paper leaves something open, or slips, this file decides (README gives the reasons):
 epsilon is 1e-8, and hardening rounds gamma to bfloat16; a tie |z| = 1/2 goes to code 0; Eq. 12 gets
 the 1/m it lacks; the Hessian is that of the ordinary loss at the full-precision weights; traces
@@ -79,8 +76,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 TERNARY = (-1.0, 0.0, 1.0)  # codes in units of gamma: the paper's set Q
 BINARY, TWO_BIT = (-1.0, 1.0), (-1.5, -0.5, 0.5, 1.5)
 
-# -- 3.1 Problem definition: scale, hard quantizer, straight-through estimator, dead zone ----------
 
+# -- 3.1 Problem definition: scale, hard quantizer, straight-through estimator, dead zone ----------
 
 def _at_least_float32(w):
     """float16 would lose epsilon, and bfloat16 would lose codes."""
@@ -88,13 +85,11 @@ def _at_least_float32(w):
         raise TypeError(f"weights are {w.dtype}; expected floating-point numbers")
     return w.to(torch.promote_types(w.dtype, torch.float32))
 
-
 def _like(x, w):
     """x in w's dtype and shape. float16 ends at 65504, where a Jacobian at small tau does not."""
     if w.dtype == torch.float16:
         x = x.clamp(-65504, 65504)
     return x.to(w.dtype).view_as(w)
-
 
 def _groups(w, group_size):
     """w as rows that share one scale: (n_groups, g). None: one scale per tensor, (1, w.numel())."""
@@ -103,9 +98,9 @@ def _groups(w, group_size):
     width = w.shape[-1] if w.dim() else 1
     if group_size < 1 or width % group_size:
         fits = next((g for g in range(min(group_size, width), 0, -1) if width % g == 0), 1)
-        raise ValueError(f"group size {group_size} does not divide the width {width}; {fits} would")
+        raise ValueError(f"group size {group_size} does not divide the width {width}; {fits} "
+                         "would, or None: one scale for the tensor")
     return w.reshape(w.numel() // group_size, group_size)
-
 
 def absmean_scale(w, group_size=None, eps=1e-8):
     """Eq. (1): gamma = mean|w| + epsilon, the unit of codes and temperatures.
@@ -122,7 +117,6 @@ def absmean_scale(w, group_size=None, eps=1e-8):
     """
     return _groups(_at_least_float32(w.detach()), group_size).abs().mean(1, keepdim=True) + eps
 
-
 def _normalize(w, group_size, scale):
     """z = w / gamma, (n_groups, g), and gamma, (n_groups, 1)."""
     gamma = absmean_scale(w, group_size) if scale is None else _at_least_float32(scale.detach())
@@ -130,7 +124,6 @@ def _normalize(w, group_size, scale):
     if gamma.shape != (z.shape[0], 1):
         raise ValueError(f"scale has shape {tuple(gamma.shape)}; expected {(z.shape[0], 1)}")
     return z / gamma, gamma
-
 
 def nearest_code(z, codebook=TERNARY):
     """The code nearest to z = w / gamma, z's shape. It jumps at the boundaries of Eq. (5).
@@ -150,7 +143,6 @@ def nearest_code(z, codebook=TERNARY):
         code = torch.where(z >= (low + high) / 2, high, code)
     return code
 
-
 def quantize(w, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (2): W-hat = Q(W) = gamma * Clip(Round(W / gamma), -1, +1), or gamma * nearest code.
 
@@ -162,7 +154,6 @@ def quantize(w, group_size=None, codebook=TERNARY, scale=None):
     z, gamma = _normalize(w, group_size, scale)
     return _like(gamma * nearest_code(z, codebook), w)
 
-
 def quantize_ste(w, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (4): the value of Q(w) with the gradient of w, the straight-through estimator.
 
@@ -173,7 +164,6 @@ def quantize_ste(w, group_size=None, codebook=TERNARY, scale=None):
     """
     # w - w.detach() is exactly zero and has the derivative 1
     return quantize(w.detach(), group_size, codebook, scale) + (w - w.detach())
-
 
 def dead_zone(w, dw, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (6): True where the update dw changes no code, Q(w + dw) = Q(w), at w's gamma. w's shape.
@@ -187,7 +177,6 @@ def dead_zone(w, dw, group_size=None, codebook=TERNARY, scale=None):
 
 
 # -- 3.2 Differentiable quantization: the softmax kernel. Section 4: its derivative ----------------
-
 
 def _kernel(z, tau, codebook):
     """Eq. (7) for z = w / gamma: the codes q, (K, 1, 1), and pi_tau(q | z), (K, n_groups, g)."""
@@ -203,7 +192,6 @@ def _kernel(z, tau, codebook):
     distance = (near - q) * (2 * z - (near + q))
     return q, torch.softmax(-distance / max(tau, 1e-20), 0)  # 1 / tau must stay finite
 
-
 def assignment_probs(w, tau, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (7): pi_tau(q | w) = softmax over q of -(w/gamma - q)^2 / tau. Shape (*w.shape, K).
 
@@ -217,7 +205,6 @@ def assignment_probs(w, tau, group_size=None, codebook=TERNARY, scale=None):
     _, pi = _kernel(z, tau, codebook)  # (K, n_groups, g)
     return pi.movedim(0, -1).to(w.dtype).reshape(*w.shape, len(codebook))
 
-
 def code_moments(z, tau, codebook=TERNARY):
     """Eqs. (16) and (17): mu_tau and V_tau, mean and variance of the code at z. Both of z's shape.
 
@@ -230,7 +217,6 @@ def code_moments(z, tau, codebook=TERNARY):
     mu = (q * pi).sum(0)
     # E[(q - mu)^2] is E[q^2] - mu^2, as Eq. (17) has it, without the difference of equal numbers
     return mu, ((q - mu).square() * pi).sum(0)
-
 
 class _SoftQuantize(torch.autograd.Function):
     """Eq. (8) with Lemma 4.1 as its backward. It saves w and its few scales, and nothing else."""
@@ -248,7 +234,6 @@ class _SoftQuantize(torch.autograd.Function):
         (w, gamma), (tau, group_size, codebook) = ctx.saved_tensors, ctx.static
         # Eq. (19). It is plain torch, so it can be differentiated again
         return grad * soft_quantize_jacobian(w, tau, group_size, codebook, gamma), *[None] * 4
-
 
 def soft_quantize(w, tau, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (8): w-tilde = H(w; tau) = gamma * sum over q of q * pi_tau(q | w). w's shape and dtype.
@@ -268,7 +253,6 @@ def soft_quantize(w, tau, group_size=None, codebook=TERNARY, scale=None):
     gamma = absmean_scale(w, group_size) if scale is None else scale
     return _SoftQuantize.apply(w, gamma, tau, group_size, codebook)
 
-
 def soft_quantize_jacobian(w, tau, group_size=None, codebook=TERNARY, scale=None):
     """Lemma 4.1, Eq. (18): the diagonal of dH/dw, (2 / tau) V_tau(w). w's shape, >= 0.
 
@@ -282,7 +266,6 @@ def soft_quantize_jacobian(w, tau, group_size=None, codebook=TERNARY, scale=None
     _, variance = code_moments(z, tau, codebook)
     return _like(2 / max(tau, 1e-20) * variance, w)  # 0 at tau = 0, where V is
 
-
 def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
     """Eq. (9): W_eff = (1 - p) W + p H(W; tau), what the model computes with. p: a float in [0, 1].
 
@@ -295,7 +278,6 @@ def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
 
 # -- 3.3.1 Sensitivity: Hessian traces by Hutch++, and the scores they become ----------------------
 
-
 class TraceEstimate(NamedTuple):
     """A trace and its standard error. flagged: within two standard errors of zero."""
     value: float
@@ -305,20 +287,17 @@ class TraceEstimate(NamedTuple):
     def flagged(self):
         return not abs(self.value) > 2 * self.stderr
 
-
 def _estimate(known, readings):
     """known, which has no error, plus the mean of readings, whose spread gives the error."""
-    readings = readings.double()
+    readings = readings.cpu().double()  # some devices have no float64
     stderr = readings.std() / len(readings) ** 0.5 if len(readings) > 1 else math.inf
     return TraceEstimate(float(known + readings.mean()), float(stderr))
-
 
 def _signs(shape, like, generator):
     """Rademacher vectors: +1 or -1 with equal chance, in like's dtype and on its device."""
     device = generator.device if generator else like.device
     bits = torch.randint(0, 2, shape, generator=generator, device=device, dtype=torch.int8)
     return (2 * bits - 1).to(like)
-
 
 def _hutchpp(matvec, dim, rank, samples, generator, like):
     """The two terms of Eq. (12): the trace on the sketch, and `samples` readings of the rest."""
@@ -329,9 +308,8 @@ def _hutchpp(matvec, dim, rank, samples, generator, like):
     G = _signs((dim, samples), like, generator)  # of its own: S used twice would bias the trace
     Q = torch.linalg.qr(matvec(S)).Q if rank else S  # (dim, rank), spans the range of H S
     G = G - Q @ (Q.T @ G)  # (dim, samples), (I - Q Q^T) G
-    HQ, HG = matvec(torch.cat([Q, G], 1)).double().split([rank, samples], 1)
+    HQ, HG = matvec(torch.cat([Q, G], 1)).split([rank, samples], 1)
     return (Q * HQ).sum(), (G * HG).sum(0)  # Tr(Q^T H Q), and the diagonal of G^T H G
-
 
 def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device=None):
     """Eq. (12), Hutch++: the trace of a symmetric linear operator from 2 rank + samples products.
@@ -347,32 +325,29 @@ def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device
     like = torch.empty(0, dtype=dtype, device=device)
     return _estimate(*_hutchpp(matvec, dim, rank, samples, generator, like)).value
 
-
-def _gradients(loss_fn, batch, weights):
+def _gradients(loss_fn, batch, params):
     """The gradients of a batch's mean loss, with their graph, to be differentiated again."""
+    weights = list(params.values())
     grads = torch.autograd.grad(loss_fn(batch), weights, create_graph=True, allow_unused=True)
-    if any(g is None for g in grads):
-        raise ValueError("the loss does not depend on these tensors; are they the model's own?")
+    if lost := ", ".join(name for name, g in zip(params, grads) if g is None):
+        raise ValueError(f"the loss does not depend on {lost}; are they the model's own?")
     return grads
-
 
 def _hessian_product(grads, weights, vectors):
     """H v = the gradient of g . v, a backward pass through the backward pass. Weights' shapes."""
     return torch.autograd.grad(grads, weights, vectors, retain_graph=True, materialize_grads=True)
 
-
-def _hessian_times(loss_fn, batches, w, V, count):
+def _hessian_times(loss_fn, batches, name, w, V, count):
     """H_i V, (d_i, k) -> (d_i, k), for the block of one tensor w, averaged over the batches."""
-    HV = torch.zeros_like(V, dtype=torch.float64)
+    HV = torch.zeros_like(V)
     for batch in batches:
-        grads = _gradients(loss_fn, batch, [w])  # once for all columns of V
+        grads = _gradients(loss_fn, batch, {name: w})  # once for all columns of V
         for k in range(V.shape[1]):
             (Hv,) = _hessian_product(grads, [w], [V[:, k].view_as(w)])
-            HV[:, k] += Hv.flatten().double() / len(batches)
+            HV[:, k] += Hv.flatten() / len(batches)
             count()
         del grads, Hv  # and with them this batch's graph, before the next one is built
-    return HV.to(V.dtype)
-
+    return HV
 
 def _joint_traces(loss_fn, params, batches, probes, generator, count):
     """All traces from the same products: ours, derived in notebooks/lab/curvature.py.
@@ -384,19 +359,18 @@ def _joint_traces(loss_fn, params, batches, probes, generator, count):
     weights = list(params.values())
     readings = torch.zeros(len(weights), probes, dtype=torch.float64)
     for batch in batches:  # each with signs of its own: the mean over batches averages noise too
-        grads = _gradients(loss_fn, batch, weights)
+        grads = _gradients(loss_fn, batch, params)
         norms = torch.stack([g.detach().norm() for g in grads])
         norms = norms / norms.max() if norms.any() else torch.ones_like(norms)
         a = 1 / norms.clamp_min(1e-3)  # (tensors,); only ratios matter, and none is infinite
         for k in range(probes):
             z = [_signs(w.shape, w, generator) for w in weights]
             Hv = _hessian_product(grads, weights, [a_j * z_j for a_j, z_j in zip(a, z)])
-            t = [(z_i * Hv_i).sum(dtype=torch.float64) for z_i, Hv_i in zip(z, Hv)]
+            t = [(z_i * Hv_i).sum() for z_i, Hv_i in zip(z, Hv)]
             readings[:, k] += (torch.stack(t) / a).cpu() / len(batches)
             count()
         del grads, Hv
     return {name: _estimate(0.0, t) for name, t in zip(params, readings)}
-
 
 def hessian_traces(loss_fn, params, batches, estimator="hutchpp", rank=10, samples=20, *,
                    generator=None, progress=None):
@@ -426,17 +400,15 @@ def hessian_traces(loss_fn, params, batches, estimator="hutchpp", rank=10, sampl
     total = len(batches) * (sum(each) if estimator == "hutchpp" else products)
     done = itertools.count(1)
     count = lambda: progress and progress(next(done), total)
-
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):  # what torch can differentiate twice
         if estimator == "joint":
             return _joint_traces(loss_fn, params, batches, products, generator, count)
         found = {}
         for name, w in params.items():
-            matvec = lambda V, w=w: _hessian_times(loss_fn, batches, w, V, count)
+            matvec = lambda V, part=(name, w): _hessian_times(loss_fn, batches, *part, V, count)
             terms = _hutchpp(matvec, w.numel(), rank, samples, generator, w.detach())
             found[name] = _estimate(*terms)
         return found
-
 
 def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
     """Eq. (13): s_i = Sigmoid(kappa (log h_i - mu_h) / (sigma_h + eps)), 1/2 for an average tensor.
@@ -468,7 +440,6 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
 
 # -- 3.2 and 3.3.2 Schedules: pressure and temperature ---------------------------------------------
 
-
 def pressure(t, T, rho):
     """Eq. (10): p_t, the share of H in W_eff. It grows linearly to 1 over the first rho T steps.
 
@@ -478,7 +449,6 @@ def pressure(t, T, rho):
     if not (T > 0 and 0 <= rho <= 1):
         raise ValueError(f"T = {T} steps and rho = {rho}; expected T > 0 and rho between 0 and 1")
     return 1.0 if rho == 0 else min(1.0, t / (rho * T))
-
 
 def base_temperature(t, T, rho, tau_init):
     """Eq. (14): tau-bar. tau_init to T_comp = rho T (Figure 2), then half a cosine to 0 at T.
@@ -491,7 +461,6 @@ def base_temperature(t, T, rho, tau_init):
         return tau_init if t < T else 0.0
     return tau_init / 2 * (1 + math.cos(math.pi * (t - T_comp) / (T - T_comp)))
 
-
 def temperature(t, T, rho, tau_init, score, alpha):
     """Eq. (15): tau_i = tau-bar * exp(alpha s_i). Sensitive tensors stay warmer.
 
@@ -499,7 +468,6 @@ def temperature(t, T, rho, tau_init, score, alpha):
     0.4475
     """
     return base_temperature(t, T, rho, tau_init) * math.exp(alpha * score)
-
 
 @torch.no_grad()
 def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
@@ -515,12 +483,13 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
     """
     weights = weights.values() if isinstance(weights, dict) else weights
     weights = [_at_least_float32(w) for w in weights]  # or the search runs on rounding noise
-    if not any(w.any() for w in weights) or not all(torch.isfinite(w).all() for w in weights):
+    largest = float(torch.stack([w.abs().max().float() for w in weights]).max()) if weights else 0.0
+    if not 0 < largest < math.inf:
         raise ValueError("tau_init needs finite weights that are not all zero")
 
     def error(tau):
         errors = (soft_quantize(w, tau, group_size, codebook) - w for w in weights)
-        return sum(float(e.double().square().sum()) for e in errors)
+        return sum(float((e / largest).square().sum(-1).cpu().double().sum()) for e in errors)
 
     # the error falls, then rises: bisect for the place where it begins to rise
     grid = [0.01 * 1.001**k for k in range(6912)]
@@ -530,14 +499,12 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
 
 # -- Algorithm 1: W moves once per step, so W_eff is put into an ordinary model once per step ------
 
-
 class Step(NamedTuple):
     """What a method may know when it maps W to W_eff."""
     p: float
     tau: float
     group_size: int | None
     codebook: tuple
-
 
 class Method(NamedTuple):
     """A row of the paper's tables: what training shows the model, and what is left of W."""
@@ -546,24 +513,19 @@ class Method(NamedTuple):
     harden: Callable  # (W, Step) -> W-hat
     soft: bool = False  # whether p and tau act on it
 
-
 def hard_absmean(w, s):
     """Q(W) with gamma rounded to bfloat16: a ternary file in bfloat16 holds what was evaluated."""
     z, gamma = _normalize(w, s.group_size, None)
     return _like(gamma.bfloat16() * nearest_code(z, s.codebook), w)
 
-
 def relax_full(w, s):
     return w
-
 
 def relax_ste(w, s):
     return quantize_ste(w, s.group_size, s.codebook)
 
-
 def relax_hestia(w, s):
     return effective_weight(w, s.tau, s.p, s.group_size, s.codebook)
-
 
 METHODS = {  # to add one: a function and a line. notebooks/lab/rivals.py has the other methods
     "full": Method("full precision", relax_full, relax_full),
@@ -571,34 +533,38 @@ METHODS = {  # to add one: a function and a line. notebooks/lab/rivals.py has th
     "hestia": Method("HESTIA", relax_hestia, hard_absmean, soft=True),
 }
 
-
 def linear_layers(model):
-    """Section 5.1: {name: module} of every nn.Linear but the head (called so, or a tied embedding).
+    """Section 5.1: {name: module} of every nn.Linear but the head.
+
+    The head is model.get_output_embeddings(), or what is tied to an embedding. Where a model does
+    not say it, names do, outside of numbered blocks: lm_head, output, score, classifier.
 
     >>> model = nn.ModuleDict({"up": nn.Linear(2, 3), "lm_head": nn.Linear(3, 9)})
     >>> linear_layers(model)
     {'up': Linear(in_features=2, out_features=3, bias=True)}
     """
     layers, embeddings = {}, [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, m in model.named_modules():
-        head = name.split(".")[-1] in ("lm_head", "output")
-        if isinstance(m, nn.Linear) and not head and not any(m.weight is e for e in embeddings):
+        *blocks, last = name.split(".")
+        named = last in ("lm_head", "output", "score", "classifier") if head is None else m is head
+        named = named and not any(block.isdigit() for block in blocks)
+        if isinstance(m, nn.Linear) and not named and not any(m.weight is e for e in embeddings):
             layers[name] = m
     return layers
-
 
 class Hestia:
     """Algorithm 1 around any model. It keeps a float32 latent copy W of every quantized weight.
 
     model: any nn.Module; wrap it in DDP or torch.compile after this. method: a name in METHODS.
     scores: {layer's name: s_i}; None for all 0. tau_init: None for `optimal_tau_init`. layers:
-    {name: module with a weight}; None for `linear_layers(model)`. dtype: of the effective weights;
-    None for the model's. ValueError says what cannot be used.
+    {name: module with a weight}; None for `linear_layers(model)`. Frozen ones stay as they are.
+    left_out: {matrix that is not quantized: what it is}. dtype: of the effective weights; None for
+    the model's. ValueError says what cannot be used, RuntimeError what a loop does wrong.
 
-    Subclasses (notebooks/lab) override *what* a method shows, by effective(t, name),
-    hardened(name) and parameters(), or *how fast*, by relax and pull_back. After relax(t) every
-    layer's weight holds W_eff(t) in its dtype and has no gradient. After pull_back() every
-    latents[name].grad is dL/dW or None, and the weights have none.
+    After relax(t) every layer's weight holds W_eff(t), without a gradient. After pull_back() every
+    latents[name].grad is dL/dW or None. Subclasses override effective, hardened and parameters
+    (what a method shows), or relax and pull_back (how fast).
 
     >>> model = nn.Sequential(nn.Linear(4, 2, bias=False))
     >>> qat = Hestia(model, total_steps=10, group_size=None)
@@ -619,7 +585,8 @@ class Hestia:
             raise ValueError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
         self.model, self.method, self.total_steps = model, METHODS[method], total_steps
         self.group_size, self.codebook, self.rho, self.alpha = group_size, codebook, rho, alpha
-        self.layers = linear_layers(model) if layers is None else layers
+        layers = linear_layers(model) if layers is None else layers
+        self.layers = {name: m for name, m in layers.items() if m.weight.requires_grad}
         self.scores = dict.fromkeys(self.layers, 0.0) if scores is None else scores
         self._check_settings(tau_init)
         if tau_init is None and self.method.soft:
@@ -635,27 +602,32 @@ class Hestia:
             self.dtypes[name] = w.dtype
             if dtype not in (None, w.dtype):  # a new Parameter, which a compiled model notices
                 layer.weight = nn.Parameter(w.to(dtype))
-            layer.weight.requires_grad_(True).grad = None
-        shown = [layer.weight for layer in self.layers.values()]
+            layer.weight.grad = None
+        quantized = {id(layer.weight) for layer in self.layers.values()}
         # embedding, norms, biases, head: trained, and not quantized
-        rest = [p for p in model.parameters() if not any(p is w for w in shown)]
-        self.rest = [p for p in rest if p.requires_grad]
+        self.rest = [p for p in model.parameters() if p.requires_grad and id(p) not in quantized]
+        kind = lambda name: type(model.get_submodule(name.rpartition(".")[0])).__name__
+        self.left_out = {name: kind(name) + ", frozen" * (not p.requires_grad)
+                         for name, p in model.named_parameters()
+                         if p.dim() > 1 and id(p) not in quantized}
         self.graphs = {}  # {layer's name: W_eff with its graph to W}, from relax to pull_back
+        self.first = [*self.latents.values()], [w.detach().sum() for w in self.latents.values()]
+        self.pulled, self.begun, self.shown = 0, False, {}  # see _look and _check_loop
+        self.shown = self._look({})
 
     def _check_settings(self, tau_init):
         """One sentence for what cannot work, before anything in the model is changed."""
         pressure(0, self.total_steps, self.rho)  # refuses both
         nearest_code(torch.zeros(1), self.codebook)
-        if self.rho == 1 and self.method.soft:
-            warnings.warn("rho = 1 leaves no step in which the temperature falls", stacklevel=3)
         if not (tau_init is None or 0 < tau_init < math.inf):
             raise ValueError(f"tau_init is {tau_init}; expected a number above 0, such as 0.3")
         if not self.layers:
-            raise ValueError("nothing to quantize: no nn.Linear in the model but its output head")
+            raise ValueError("nothing to quantize: the model has no nn.Linear but its output head, "
+                             "or they are frozen, or packed in whole numbers")
         for name, layer in self.layers.items():
             _groups(layer.weight, self.group_size)
-            if not torch.isfinite(layer.weight).all():
-                raise ValueError(f"the weights of {name} hold NaN or infinity")
+            if layer.weight.is_meta or not torch.isfinite(layer.weight).all():
+                raise ValueError(f"the weights of {name} are not loaded, or hold NaN or infinity")
             if sum(layer.weight is other.weight for other in self.layers.values()) > 1:
                 raise ValueError(f"{name} shares its weight with another layer; untie them first")
             if not 0 <= self.scores.get(name, math.nan) <= 1:
@@ -682,14 +654,18 @@ class Hestia:
         """Lines 5-10: the model now computes with W_eff(t), whose gradients are None."""
         if not 0 <= t < self.total_steps:
             raise ValueError(f"relax({t}): expected a step from 0 to {self.total_steps - 1}")
+        self._look(self.shown)
         for name, layer in self.layers.items():
             W_eff = self.graphs[name] = self.effective(t, name).to(layer.weight.dtype)
             layer.weight.data, layer.weight.grad = W_eff.detach(), None
+        self.begun = True
+        self.shown = self._look({})
 
     def pull_back(self):
         """Eq. (19): dL/dW = dL/dW_eff * dW_eff/dW, which is 1 - p + p (2 / tau) V for HESTIA."""
         if not self.graphs:
             raise RuntimeError("pull_back() needs this step's W_eff; call relax(t) first")
+        self._check_loop()
         for name, layer in self.layers.items():
             W_eff = self.graphs.pop(name)
             self.latents[name].grad = None
@@ -697,11 +673,13 @@ class Hestia:
                 W_eff.backward(layer.weight.grad)
                 layer.weight.grad = None
 
+    @torch.inference_mode(False)  # or they could not be trained again
     def harden(self):
         """Line 13: W-hat = Q(W), gamma in bfloat16, in the dtype that the model had."""
+        self._check_stepped()
         for name, layer in self.layers.items():
             layer.weight = nn.Parameter(self.hardened(name).to(self.dtypes[name]))
-        self.graphs = {}
+        self.graphs, self.shown = {}, {}
 
     @contextmanager
     def hard(self):
@@ -728,12 +706,50 @@ class Hestia:
         """What the optimizer trains: the latents, and all that is not quantized."""
         return [*self.latents.values(), *self.rest]
 
+    def __str__(self):  # what is quantized, and what is not
+        count = sum(w.numel() for w in self.latents.values())
+        share = count / sum(p.numel() for p in self.model.parameters())
+        others = [f"{name} ({what})" for name, what in self.left_out.items()]
+        others[5:] = [f"{len(others) - 5} more"] if len(others) > 5 else []
+        return (f"{len(self.layers)} layers, {share:.0%} of the weights; matrices left out: "
+                f"{', '.join(others) or 'none'}")
+
+    # Refused: models that were changed behind this object's back, and loops that train nothing
+
+    def _look(self, expected):
+        """What relax must find again of each weight. RuntimeError where it differs."""
+        found = {}
+        for name, layer in self.layers.items():
+            w = layer.weight
+            written = w._version if self.begun else float(w.detach().sum(dtype=torch.float32))
+            found[name] = {"replaced": id(w), "frozen": w.requires_grad, "moved": w.device,
+                           "left with a gradient": w.grad is None, "written to": written}
+            for what, before in expected.get(name, {}).items():
+                if found[name][what] != before:
+                    raise RuntimeError(f"{name}.weight was {what} since Hestia() or relax(); load "
+                                       "and wrap before, and call pull_back() after backward()")
+        return found
+
+    def _check_loop(self):
+        if all(layer.weight.grad is None for layer in self.layers.values()):
+            raise RuntimeError("pull_back() found no gradient; call it after backward() through "
+                               "the model in this Hestia, and before zero_grad()")
+        self.pulled += 1
+        if self.pulled == 20:
+            self._check_stepped()
+
+    def _check_stepped(self):
+        if self.pulled > 1 and all(torch.equal(w.sum(), x) for w, x in zip(*self.first)):
+            raise RuntimeError("no latent weight has moved; give the optimizer qat.parameters()")
+
+    def __getstate__(self):  # a copy has a model of its own, and no graph
+        return {**vars(self), "graphs": {}, "shown": {}, "pulled": 0}
+
 
 # -- The model of section 5.1: Llama 3, with the parameter names of Hugging Face checkpoints -------
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}
-
 
 @dataclass
 class LlamaConfig:
@@ -768,7 +784,6 @@ class LlamaConfig:
         if r.get("rope_type") != "llama3" or not all(r.get(k, 0) > 0 for k in [*LLAMA3][1:]):
             raise ValueError(f"rope_scaling is {r}; expected none, or one such as {LLAMA3}")
 
-
 def rope_frequencies(config, device=None):
     """Radians by which each pair of a head's dimensions turns per position. (head_dim / 2,)
 
@@ -784,23 +799,10 @@ def rope_frequencies(config, device=None):
         frequency = keep * frequency + (1 - keep) * frequency / factor
     return frequency
 
-
 def rotate(x, cos, sin):
     """RoPE, split-half layout: dimension d is paired with d + head_dim / 2."""
     a, b = x.chunk(2, -1)  # x: (B, heads, T, head_dim); a, b: (B, heads, T, head_dim / 2)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, c):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(c.hidden_size)), c.rms_norm_eps
-
-    def forward(self, x):  # (B, T, C); statistics in float32
-        x32 = _at_least_float32(x)
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)  # (B, T, 1)
-        return self.weight * (x32 * scale).to(x.dtype)
-
 
 class Attention(nn.Module):
     def __init__(self, c):
@@ -814,14 +816,12 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin):
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, nh, T, head_dim)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, head_dim)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv, T, head_dim)
+        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         shared = k.shape[1] < q.shape[1]
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shared)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, nh, T, head_dim) -> (B, T, C)
-
 
 class MLP(nn.Module):
     def __init__(self, c):
@@ -833,17 +833,16 @@ class MLP(nn.Module):
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
-
 class Block(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.self_attn, self.mlp = Attention(c), MLP(c)
-        self.input_layernorm, self.post_attention_layernorm = RMSNorm(c), RMSNorm(c)
+        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
 
     def forward(self, x, cos, sin):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Llama(nn.Module):
     """model(ids) -> logits (B, T, V). model(ids, targets) -> mean loss in nats per token."""
@@ -853,7 +852,7 @@ class Llama(nn.Module):
         self.config, self.model = config, nn.Module()
         self.model.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.model.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.model.norm = RMSNorm(config)
+        self.model.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -883,7 +882,6 @@ class Llama(nn.Module):
         logits = _at_least_float32(self.lm_head(x))  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
-
 def _llama_config(folder):
     """The LlamaConfig of a Hugging Face folder, and its config.json as it stands there."""
     lab = f"python -m notebooks.lab.checkpoints {folder} NEW_FOLDER"
@@ -907,7 +905,6 @@ def _llama_config(folder):
     names = {f.name for f in fields(LlamaConfig)}
     return LlamaConfig(**{name: found[name] for name in names & found.keys()}), raw
 
-
 def load_llama(path, dtype=None, device="cpu"):
     """Section 5.1: a Llama from a Hugging Face folder, config.json and safetensors files.
 
@@ -923,10 +920,10 @@ def load_llama(path, dtype=None, device="cpu"):
         files = sorted({Path(file).name for file in weight_map.values()})
     for file in files:
         with safe_open(folder / file, "pt") as opened:  # mapped into memory, not read
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            tensors |= {name: opened.get_tensor(name) for name in opened.keys()  # noqa: SIM118
+                        if not name.endswith("rotary_emb.inv_freq")}
     if not all(t.is_floating_point() for t in tensors.values()):
         raise ValueError(f"{folder} has tensors of whole numbers; expected floating-point ones")
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"{folder} has {len(layers)} layers and says {config.num_hidden_layers}")
@@ -945,7 +942,6 @@ def load_llama(path, dtype=None, device="cpu"):
         model.lm_head.weight = model.model.embed_tokens.weight  # the tie, which assigning has cut
     model.origin = folder, raw
     return model
-
 
 def save_llama(model, path):
     """Write a Hugging Face folder that other software loads, and read it back. Returns the path.
@@ -989,10 +985,8 @@ def save_llama(model, path):
 
 # -- The loop, nanoGPT style: Algorithm 1 with AdamW, warm-up-stable-decay, clipping, accumulation -
 
-
 class Diverged(RuntimeError):
     """The loss or the gradient is not finite. The weights are those before that step."""
-
 
 def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
     """Table 5's WSD; ours goes up over 5 % of T steps, and down to a tenth over the last 10 %.
@@ -1004,7 +998,6 @@ def learning_rate(t, T, peak, warmup=0.05, decay=0.1, final=0.1):
     left = min(1.0, (T - t) / max(1.0, decay * T))
     return peak * up * (final + (1 - final) * left)
 
-
 def adamw(parameters, lr, weight_decay=0.1):
     """AdamW with weight decay on matrices and none on vectors."""
     parameters = list(parameters)
@@ -1014,15 +1007,15 @@ def adamw(parameters, lr, weight_decay=0.1):
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
 
-
 def batch_at(tokens, step, batch_size, block_size, seed):
     """Line 3: the batch of a step. A function of (seed, step) alone, so all methods see the same.
 
     tokens: (N,), on the device that gathers the batch. Returns inputs and targets, (batch_size,
     block_size) each, the targets one token further. ValueError if the text is too short.
     """
-    if len(tokens) <= block_size:
-        raise ValueError(f"{len(tokens)} tokens; expected more than a block of {block_size}")
+    if not torch.is_tensor(tokens) or tokens.dim() != 1 or len(tokens) <= block_size:
+        raise ValueError(f"tokens are {type(tokens).__name__} {(*getattr(tokens, 'shape', ()),)}; "
+                         f"expected a torch tensor (N,), longer than a block of {block_size}")
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     start = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
     start = start.to(tokens.device, non_blocking=True)
@@ -1030,11 +1023,19 @@ def batch_at(tokens, step, batch_size, block_size, seed):
     window = tokens[start + offsets].long()  # (batch_size, block_size + 1)
     return window[:, :-1], window[:, 1:]
 
-
 def precision(device):
     """bf16 autocast on CUDA, float32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
+@contextmanager
+def evaluating(model):
+    """Without dropout and the like. Afterwards each module is in the mode that it was in."""
+    training = [m for m in model.modules() if m.training]
+    try:
+        yield model.eval()
+    finally:
+        for m in training:
+            m.training = True
 
 @torch.no_grad()
 def evaluate(model, tokens, block_size, batch_size=32):
@@ -1045,17 +1046,16 @@ def evaluate(model, tokens, block_size, batch_size=32):
     """
     if min(len(tokens), block_size) < 2:
         raise ValueError(f"{len(tokens)} tokens in blocks of {block_size} leave none to predict")
-    device, total, count = next(model.parameters()).device, 0.0, 0
+    device, losses = next(model.parameters()).device, []  # [(mean loss, targets)]
     whole = len(tokens) // block_size * block_size
     # (<= batch_size, block_size) each, and the rest, (1, < block_size)
-    for ids in (*tokens[:whole].view(-1, block_size).split(batch_size), tokens[None, whole:]):
-        if ids[:, 1:].numel():
-            x, y = ids[:, :-1].to(device).long(), ids[:, 1:].to(device).long()
-            with precision(device):
-                total += model(x, y).double() * y.numel()
-            count += y.numel()
-    return float(total / count)
-
+    batches = *tokens[:whole].view(-1, block_size).split(batch_size), tokens[None, whole:]
+    with precision(device), evaluating(model):
+        for ids in batches:
+            if ids[:, 1:].numel():
+                x, y = ids[:, :-1].to(device).long(), ids[:, 1:].to(device).long()
+                losses.append((model(x, y), y.numel()))
+    return sum(float(loss) * n for loss, n in losses) / sum(n for _, n in losses)
 
 def backward(model, x, y, micro_batches=1):
     """Eq. (11), a sample of it: a batch's mean loss, and its gradients, by equal micro-batches."""
@@ -1067,7 +1067,6 @@ def backward(model, x, y, micro_batches=1):
         loss = loss + part.detach()
     return loss
 
-
 def update(optimizer, loss, norm, clip):
     """Line 11: clip by norm, taken before pull_back, and step. Diverged if loss or norm is NaN."""
     if not torch.isfinite(loss + norm):
@@ -1078,10 +1077,8 @@ def update(optimizer, loss, norm, clip):
             p.grad /= ((norm + 1e-6) / clip).clamp(min=1.0)
     optimizer.step()
 
-
 def grad_norm(parameters):
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-
 
 def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_batches=1, clip=1.0,
           seed=0, start=0, optimizer=None, backward=backward, update=update, on_step=None,
@@ -1098,10 +1095,13 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
         raise ValueError(f"{steps} steps, and schedules for {qat.total_steps}; make them equal")
     if batch_size % micro_batches:
         raise ValueError(f"a batch of {batch_size} does not split into {micro_batches} equal parts")
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)
+    if torch.is_tensor(tokens) and len(tokens) and int(tokens.max()) >= vocabulary:
+        raise ValueError(f"there is a token {int(tokens.max())}; the model has {vocabulary} tokens")
     device = next(model.parameters()).device
     trained = qat.parameters() if qat else list(model.parameters())
     optimizer = optimizer or adamw(trained, lr)
-    codes, log, began = qat.codes() if qat else {}, [], time.perf_counter()
+    log, began = [], time.perf_counter()
     for t in range(start, steps):  # line 2
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(t, steps, lr)
@@ -1121,10 +1121,6 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             record = {"step": t, "loss": float(loss), "lr": learning_rate(t, steps, lr),
                       "grad_norm": float(norm), "grad_norm_latent": float(latent_norm),
                       "seconds": time.perf_counter() - began}
-            if qat:
-                now = qat.codes()
-                changed = sum(float((now[name] != codes[name]).sum()) for name in now)
-                record["flips"], codes = changed / sum(c.numel() for c in now.values()), now
             if qat and qat.method.soft:
                 taus = [qat.step_of(t, name).tau for name in qat.latents]
                 record["p"] = pressure(t, steps, qat.rho)
@@ -1134,12 +1130,11 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
             on_step(t, record)
     return log
 
-
 @torch.no_grad()
 def generate(model, ids, new_tokens, block_size, temperature=0.8, generator=None):
     """Continue ids (B, T), each token from at most block_size others; temperature 0 is greedy."""
     for _ in range(new_tokens):
-        with precision(ids.device):
+        with precision(ids.device), evaluating(model):
             logits = model(ids[:, -block_size:])[:, -1].float()  # (B, V)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)

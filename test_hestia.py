@@ -750,7 +750,8 @@ def test_hessian_traces_refuse_what_they_cannot_do():
     model = tiny_llama(num_hidden_layers=1)  # tensors of a copy have no part in the model's loss
     params, ids = weights_of(copy.deepcopy(model)), torch.zeros(1, 4, dtype=torch.long)
     for estimator in ("hutchpp", "joint"):
-        with pytest.raises(ValueError, match="does not depend on these tensors"):
+        named = r"\S*q_proj, .*down_proj" if estimator == "joint" else r"\S*q_proj"
+        with pytest.raises(ValueError, match=f"does not depend on {named}; are"):
             run(lambda ids: model(ids, ids), params, [ids], estimator)
     for size in (0.0, 1e-21):  # no gradient to speak of: the scaling must not overflow
         w.data.fill_(size)
@@ -861,9 +862,7 @@ def test_relax_and_pull_back_are_eqs_9_and_19():
         J = 0.5 + 0.5 * h.soft_quantize_jacobian(w.detach(), 0.2, 8)
         close(w.grad, shown[name][1] * J, rtol=1e-12)
         assert qat.layers[name].weight.grad is None
-    for layer in qat.layers.values():
-        layer.weight.grad = torch.ones_like(layer.weight)  # of some other loss
-    qat.relax(2)  # a layer that the loss leaves out gets no gradient, and keeps none from before
+    qat.relax(2)  # a layer that the loss leaves out gets no gradient
     model.model.layers[0].mlp.up_proj(torch.ones(8).double()).sum().backward()
     qat.pull_back()
     given = [name for name, w in qat.latents.items() if w.grad is not None]
@@ -903,8 +902,6 @@ def test_the_settings_of_table_5_hold_by_default():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert make("absmean", rho=1.0).tau_init == 0.0  # has no tau to anneal
-    with pytest.warns(UserWarning, match="rho = 1"):
-        make(rho=1.0)
 
 
 def test_which_layers_are_quantized():
@@ -914,17 +911,19 @@ def test_which_layers_are_quantized():
     up = {name: layer for name, layer in layers.items() if "up_proj" in name}
     qat = h.Hestia(model, 1, layers=up, group_size=4)
     assert list(qat.latents) == ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    assert str(qat).startswith("2 layers, 17% of the weights; matrices left out: model.embed_tok")
+    assert str(qat).endswith("self_attn.o_proj.weight (Linear), 9 more")
     assert len(qat.rest) == 12 + 5 + 2  # other linear weights; norms; embedding and head
     odd = nn.ModuleDict({"word": nn.Embedding(5, 4), "up": nn.Linear(4, 4), "out": nn.Linear(4, 5)})
     odd["out"].weight = odd["word"].weight  # a head of any name, known by its tie
     assert list(h.linear_layers(odd)) == ["up"]
-    frozen = nn.Linear(4, 4, bias=False).requires_grad_(False)
-    frozen.weight.grad = torch.ones(4, 4)
-    qat = h.Hestia(frozen, 10, method="full", group_size=4)
-    assert frozen.weight.requires_grad and frozen.weight.grad is None and qat.rest == []
+    layer = nn.Linear(4, 4, bias=False)
+    layer.weight.grad = torch.ones(4, 4)
+    qat = h.Hestia(layer, 10, method="full", group_size=4)
+    assert layer.weight.grad is None and qat.rest == []
     qat.harden()  # leaves no view of the latent weight
-    assert torch.equal(frozen.weight, qat.latents[""])
-    assert frozen.weight.data_ptr() != qat.latents[""].data_ptr()
+    assert torch.equal(layer.weight, qat.latents[""])
+    assert layer.weight.data_ptr() != qat.latents[""].data_ptr()
 
 
 def test_hestia_refuses_bad_input():
@@ -949,7 +948,7 @@ def test_hestia_refuses_bad_input():
     with pytest.raises(ValueError, match=r"relax\(10\): expected a step from 0 to 9"):
         bad().relax(10)
     model[1].weight.data[0, 0] = math.nan
-    with pytest.raises(ValueError, match="the weights of 1 hold NaN"):
+    with pytest.raises(ValueError, match="the weights of 1 are not loaded, or hold NaN"):
         bad()
 
 
@@ -1089,7 +1088,7 @@ def test_batches_depend_on_seed_and_step_alone():
         assert again == ((step, seed) == (7, 3))
     ends = h.batch_at(tokens[:18], 0, 100, 16, seed=0)[1][:, -1]
     assert set(ends.tolist()) == {16, 17}  # the last token too is a target
-    with pytest.raises(ValueError, match="16 tokens; expected more than a block of 16"):
+    with pytest.raises(ValueError, match=r"tokens are Tensor \(16,\); expected a torch tensor"):
         h.batch_at(tokens[:16], 0, 4, 16, seed=0)
 
 
@@ -1135,11 +1134,11 @@ def test_the_same_seed_gives_the_same_bits_and_the_log_says_what_happened():
     assert same(small_run("full")[1], small_run(None)[1])  # Hestia adds nothing of its own
     assert steps == [*range(12)] and [r["step"] for r in log_a] == [0, 3, 6, 9, 11]
     flips = [(x != y).double().mean().item() for x, y in itertools.pairwise(codes)]
-    assert [r["flips"] for r in log_a][1:] == pytest.approx(flips) and max(flips) > 0
+    assert max(flips) > 0
     assert [r["p"] for r in log_a] == [0, 1, 1, 1, 1]
     assert [r["lr"] for r in log_a] == [h.learning_rate(r["step"], 12, 1e-2) for r in log_a]
     assert log_a[-1]["tau_max"] < log_a[0]["tau_max"] == log_a[0]["tau_min"]
-    keys = {"step", "loss", "lr", "grad_norm", "grad_norm_latent", "flips"}
+    keys = {"step", "loss", "lr", "grad_norm", "grad_norm_latent"}
     assert small_run("absmean")[0][0].keys() == keys | {"seconds"}
     assert log_a[0].keys() == keys | {"p", "tau_min", "tau_max"}
 
@@ -1411,7 +1410,7 @@ def test_a_small_run_leaves_all_that_it_promises(tmp_path):
     for (name, _), records in log.items():
         soft = {"p", "tau_min", "tau_max"} if "hestia" in name else set()
         for t, record in enumerate(records):
-            assert record["step"] == t and record.keys() - {"flips"} == plain | soft
+            assert record["step"] == t and record.keys() == plain | soft
         assert name == "pretrain" or records[-1]["seconds"] == rows[name]["seconds"]
     arrays = plots.read_snapshots(folder)["absmean", 0]
     assert np.allclose(arrays["hist"].sum(-1), np.ones((8, 3)))
@@ -1454,7 +1453,8 @@ def test_warnings_and_divergence_are_said_in_plain_words(tmp_path, capsys):
     soft = [*few, "--steps", "3", "--kappa", "0.001", "--out", str(tmp_path / "soft")]
     assert train_tiny.main(soft) == 0
     said = capsys.readouterr().out
-    assert "note: seed 0: all scores are alike" in said and "note: hestia was still soft at the end" in said
+    for note in ("seed 0: all scores are alike", "hestia was still soft at the end"):
+        assert f"note: {note}" in said
     assert train_tiny.main([*few, "--lr", "1e8", "--out", str(tmp_path / "lr")]) == 1
     said = capsys.readouterr().err
     assert said.startswith("train_tiny.py: the run failed: loss ") and said.count("\n") == 1

@@ -212,9 +212,8 @@ def train(config, model, tokens, name, seed, folder, steps, lr, qat=None, on_ste
 
     def after_step(t, record):
         nonlocal saved
-        for follow in (on_step, watch):
-            if follow:
-                follow(t, record)
+        for follow in filter(None, (on_step, watch)):
+            follow(t, record)
         if record:
             record["seconds"] = time.perf_counter() - began  # with those before an interruption
             report(name, steps, record, log)
@@ -382,9 +381,10 @@ def run(config):
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the Hessian products
     tokens, facts = load_text(config)
     for name in config.methods:  # what does not fit is refused now; 0.3: without a search
-        make(dataclasses.replace(config, tau_init=0.3), name, first_model(config, 0), None)
+        qat, _ = make(dataclasses.replace(config, tau_init=0.3), name, first_model(config, 0), None)
     folder, about = open_folder(config, facts)
     print(f"{facts['source']}: {len(tokens['train']):,} {facts['unit']}s; results go to {folder}/")
+    print(f"To be quantized: {qat}")
     entries, per_seed = [], []
     for seed in range(config.seed, config.seed + config.seeds):
         model, entry = begin(config, tokens, seed, folder)

@@ -38,6 +38,19 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 # estimators
 
 
+def gradients(what, value, params, **how):
+    """The gradients of a number for {name: tensor}. ValueError names those it does not depend on:
+    their gradients would be None, and a trace of 0 would look like an insensitive tensor."""
+    grads = [None] * len(params)
+    if value.requires_grad:
+        grads = torch.autograd.grad(value, list(params.values()), allow_unused=True, **how)
+    if lost := [name for name, g in zip(params, grads) if g is None]:
+        raise ValueError(f"the {what} not depend on {', '.join(lost)}; give the model's own "
+                         "tensors, and checkpoint with use_reentrant=False")
+    return grads
+
+
+@torch.enable_grad()
 def fisher_traces(logits_fn, params, batches, samples=20, *, generator=None, progress=None):
     """Traces of the Gauss-Newton matrix G (Fisher's): near the Hessian's, and never negative.
 
@@ -67,10 +80,8 @@ def fisher_traces(logits_fn, params, batches, samples=20, *, generator=None, pro
         for k in range(samples):
             labels = torch.multinomial(probs, 1, generator=generator).squeeze(1)  # (T,)
             loss = F.cross_entropy(logits, labels)
-            grads = torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True)
-            if any(g is None for g in grads):
-                raise ValueError("the logits do not depend on these tensors; are they the model's?")
-            t = [len(labels) * g.square().sum(dtype=torch.float64) for g in grads]
+            grads = gradients("logits do", loss, params, retain_graph=True)
+            t = [len(labels) * g.square().sum() for g in grads]
             readings[:, k] += torch.stack(t).cpu() / len(batches)
             if progress:
                 progress(next(done), samples * len(batches))
@@ -78,8 +89,10 @@ def fisher_traces(logits_fn, params, batches, samples=20, *, generator=None, pro
     return {name: hestia._estimate(0.0, t) for name, t in zip(params, readings)}
 
 
+@torch.enable_grad()
 def gradient_norms(loss_fn, params, batches):
     """||dL/dW_i|| of the mean loss over the batches. {name: float}, in nats per unit of weight.
+    ValueError if the loss does not depend on a tensor.
 
     >>> w = torch.tensor([3.0, 4.0], requires_grad=True)
     >>> gradient_norms(lambda batch: batch * w.square().sum(), {"w": w}, [0.5, 1.5])
@@ -87,8 +100,7 @@ def gradient_norms(loss_fn, params, batches):
     """
     total = {name: torch.zeros_like(w) for name, w in params.items()}
     for batch in batches:
-        grads = torch.autograd.grad(loss_fn(batch), list(params.values()))
-        for name, g in zip(params, grads):
+        for name, g in zip(params, gradients("loss does", loss_fn(batch), params)):
             total[name] += g / len(batches)
     return {name: float(g.norm()) for name, g in total.items()}
 
@@ -158,16 +170,18 @@ def trained_llama(tokens, size, steps):
 
 
 def linear_weights(model):
-    """{name: weight} of the layers that HESTIA quantizes."""
-    return {name: layer.weight for name, layer in hestia.linear_layers(model).items()}
+    """{name: weight} of the layers that HESTIA quantizes, which leaves out frozen ones."""
+    layers = hestia.linear_layers(model).items()
+    return {name: layer.weight for name, layer in layers if layer.weight.requires_grad}
 
 
-def gradient_and_hessian(model, batch, weights):
-    """Gradient (N,) and exact Hessian (N, N) of these tensors, float64, one column per product."""
+def gradient_and_hessian(model, batch, params):
+    """Gradient (N,) and exact Hessian (N, N) of {name: tensor}, float64, one column per product."""
+    weights = list(params.values())
     sizes = [w.numel() for w in weights]
     H = torch.empty(sum(sizes), sum(sizes), dtype=torch.float64)
     with sdpa_kernel(SDPBackend.MATH):
-        grads = hestia._gradients(lambda batch: model(*batch), batch, weights)
+        grads = gradients("loss does", model(*batch), params, create_graph=True)
         for k in range(len(H)):
             unit = torch.zeros(len(H), dtype=torch.float64)
             unit[k] = 1
@@ -324,8 +338,8 @@ def negative_traces(size, tokens, model):
         for sequences, length in ((1, 32), (8, 64)):
             x, y = hestia.batch_at(tokens, 0, sequences, 64, seed=99)
             traces = []
-            for w in linear_weights(aged).values():
-                _, H = gradient_and_hessian(aged, (x[:, :length], y[:, :length]), [w])
+            for name, w in linear_weights(aged).items():
+                _, H = gradient_and_hessian(aged, (x[:, :length], y[:, :length]), {name: w})
                 traces.append(H.trace().item())
             below = sum(t < 0 for t in traces)
             found.append({"steps": steps, "tokens": sequences * length, "negative": below,
@@ -342,7 +356,7 @@ def study(tokens, size):
     model = trained_llama(tokens, size, size.steps)
     batch = hestia.batch_at(tokens, 0, 8, 64, seed=99)
     params = linear_weights(model)
-    g, H = gradient_and_hessian(model, batch, list(params.values()))
+    g, H = gradient_and_hessian(model, batch, params)
     sizes = [w.numel() for w in params.values()]
     norms = torch.stack([part.norm() for part in g.split(sizes)])
     blocks, start = [], 0

@@ -70,9 +70,17 @@ def relax_ste(w, p, tau, codebook):
     return hestia.quantize(w, w.shape[1], codebook)
 
 
+def relax_full(w, p, tau, codebook):
+    return w
+
+
+def slope_1(w, p, tau, codebook):
+    return 1.0
+
+
 FUSED = {  # readable map: (W_eff, dW_eff/dW)
-    hestia.relax_full: (lambda w, *_: w, lambda *_: 1.0),
-    hestia.relax_ste: (relax_ste, lambda *_: 1.0),
+    hestia.relax_full: (relax_full, slope_1),
+    hestia.relax_ste: (relax_ste, slope_1),
     hestia.relax_hestia: (relax_hestia, slope_hestia),
 }
 
@@ -147,6 +155,7 @@ class Hestia(hestia.Hestia):
     def relax(self, t):
         if self.fused is None or not 0 <= t < self.total_steps:
             return super().relax(t)  # which refuses such a t
+        self._look(self.shown)
         # p and tau of all layers in one copy to the device. Four numbers a row: compiled code wants
         # its inputs 16 bytes apart. It divides by tau, and at 1e-20 H has long been Q.
         steps = [self.step_of(t, name) for names in self.chunks for name in names]
@@ -162,11 +171,14 @@ class Hestia(hestia.Hestia):
             for w, weight, row, new in zip(latents, weights, W, W_eff.chunk(len(names))):
                 w.data = row.view_as(w)  # side by side from now on: the next stack is no copy
                 weight.data, weight.grad = new.view_as(weight), None
+        self.begun = True
+        self.shown = self._look({})
 
     @torch.no_grad()
     def pull_back(self):
         if self.fused is None or not self.graphs:
             return super().pull_back()  # which asks for relax(t)
+        self._check_loop()
         for names in self.chunks:
             self._pull_back(names, self.graphs.pop(names))
 
@@ -244,15 +256,20 @@ class Llama(hestia.Llama):
 
     def loss(self, x, targets, budget=1 << 24):
         """The mean loss. More than `budget` logits are computed in parts, twice, and not kept."""
-        mean, rows = super().loss, max(1, budget // self.config.vocab_size)
+        rows = max(1, budget // self.config.vocab_size)
         # compiled autocast saves logits in bf16, and has them in float32 only in registers
         narrow = torch.compiler.is_compiling() and torch.is_autocast_enabled(x.device.type)
         if narrow or targets.numel() <= rows:
-            return mean(x, targets)
+            return super().loss(x, targets)
+
+        def part(x, targets):  # a sum: a part may have no target, and then it has no mean
+            logits = hestia._at_least_float32(self.lm_head(x))  # (rows, V)
+            return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+
         x, targets, total = x.flatten(0, 1), targets.flatten(), 0.0  # (B T, C), (B T,)
         for x_, y_ in zip(x.split(rows), targets.split(rows)):
-            total = total + len(y_) * checkpoint(mean, x_[None], y_[None], use_reentrant=False)
-        return total / len(targets)
+            total = total + checkpoint(part, x_, y_, use_reentrant=False)
+        return total / (targets != -100).sum()  # cross_entropy leaves out targets of -100
 
 
 def llama(model, checkpointing=False):

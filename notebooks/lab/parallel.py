@@ -23,8 +23,9 @@ import hestia
 def backward(model, x, y, micro_batches=1):
     """hestia.backward of this process's share of x and y, (B, T). Returns the whole batch's loss.
 
-    DDP averages the gradients of all processes at the last micro-batch. ValueError if the batch
-    does not split into equal parts.
+    DDP averages the gradients of all processes at the last micro-batch. Micro-batches count alike,
+    so the mean is over tokens only if each has as many targets that are not ignored (-100).
+    ValueError if the batch does not split into equal parts.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     if len(x) % (world * micro_batches):

@@ -16,6 +16,28 @@ import torch
 import plots
 
 
+def settings_of(watch):
+    """{what: plain value} of the Hestia that a state belongs to; {} for a training without one."""
+    if not watch:
+        return {}
+    qat = watch.qat
+    found = {
+        "method": f"{qat.method.label} ({type(qat).__name__})", "group size": qat.group_size,
+        "codebook": list(qat.codebook), "rho": float(qat.rho), "alpha": float(qat.alpha),
+    }
+    found |= {f"layer {k}": name for k, name in enumerate(qat.latents)}
+    if qat.method.soft:
+        found["tau_init"] = float(qat.tau_init)
+        found |= {f"score of {name}": float(qat.scores[name]) for name in qat.latents}
+    return found
+
+
+def same(what, then, now):
+    if None not in (then, now) and what.startswith(("tau_init", "score")):
+        return abs(then - now) < 0.005  # they are estimates, and another machine rounds otherwise
+    return then == now
+
+
 def save(path, step, optimizer, steps, log, watch):
     """Write what the steps from `step` on depend on, whole or not at all. Returns time.monotonic().
 
@@ -27,7 +49,7 @@ def save(path, step, optimizer, steps, log, watch):
     for row in watch.rows if watch else ():
         rows.append({**row, "hist": torch.from_numpy(np.array(row["hist"]))})
     state = {
-        "step": step, "steps": steps, "parameters": parameters,
+        "step": step, "steps": steps, "settings": settings_of(watch), "parameters": parameters,
         "optimizer": optimizer.state_dict(), "log": log, "rows": rows,
         "late": watch.late if watch else None, "random": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
@@ -43,7 +65,8 @@ def read(path):
             if file.testzip():  # torch.load does not look at the checksums
                 raise ValueError("its checksums are wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        keys = "step", "steps", "parameters", "optimizer", "log", "rows", "late", "random", "cuda"
+        keys = ("step", "steps", "settings", "parameters", "optimizer", "log", "rows", "late",
+                "random", "cuda")
         return [state[key] for key in keys]
     except Exception as error:  # whatever a damaged file may raise
         why = (str(error).splitlines() or [type(error).__name__])[0]
@@ -55,15 +78,16 @@ def restore(path, optimizer, steps, log, watch):
 
     ValueError says what differs. Nothing is changed then.
     """
-    step, of, parameters, adam, records, rows, late, random, cuda = read(path)
+    step, of, settings, parameters, adam, records, rows, late, random, cuda = read(path)
     own = [group["params"] for group in optimizer.param_groups]
     shapes = lambda groups: [[f"{tuple(p.shape)} {p.dtype}" for p in group] for group in groups]
-    facts = [("steps", of, steps)]
+    facts, current = [("steps", of, steps)], settings_of(watch)
+    facts += [(what, settings.get(what), current.get(what)) for what in {**settings, **current}]
     facts += [("parameters", [len(g) for g in parameters], [len(g) for g in own])]
     for then, now in zip(shapes(parameters), shapes(own)):
         facts += [(f"parameter {k}", *pair) for k, pair in enumerate(zip(then, now))]
     for what, then, now in facts:
-        if then != now:
+        if not same(what, then, now):
             raise ValueError(f"{path} has {what}: {then}, and this training {now}; give the same "
                              "settings, or remove the file to train anew")
 

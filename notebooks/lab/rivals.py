@@ -75,8 +75,9 @@ def relax_dsq(w, s, alpha=0.2):
     """DSQ (arXiv 1908.05033): a tanh between each two codes, stretched; soft to the end."""
     gamma, k = hestia.absmean_scale(w, s.group_size), math.log(2 / alpha - 1)
     z = groups(w, s) / gamma
-    soft = torch.tanh(k * (z.abs().clamp(max=1) - 0.5)) / math.tanh(k / 2)  # -1 at 0, and 1 at 1
-    return (gamma * z.sign() * (soft + 1) / 2).view_as(w)
+    side = torch.where(z < 0, -1.0, 1.0)  # not sign(z) and |z|: for autograd they are flat at 0
+    soft = torch.tanh(k * (z.clamp(-1, 1) - side / 2)) / math.tanh(k / 2)  # -side at 0, side at +-1
+    return (gamma * (soft + side) / 2).view_as(w)
 
 
 def widely_linear(R):
@@ -88,7 +89,8 @@ def widely_linear(R):
 
 def unit_codes(C, tau=0.0):
     """The nearest of 1, i, -1, -i by angle, times one scale for real codes and one for imaginary.
-    At tau > 0 the mean of the four under a softmax of minus squared angles over tau."""
+    At tau > 0 the mean of the four under a softmax of minus squared angles over tau. 0 has no angle
+    and stays 0. Its slope is 1 at tau > 0, or weights that start at 0 would never move."""
     re, im = C.real, C.imag
     real = re.detach().abs() >= im.detach().abs()  # nearer to 1 or -1 than to i or -i
     scale_re = (re.detach().abs() * real).sum() / real.sum().clamp_min(1)
@@ -96,10 +98,13 @@ def unit_codes(C, tau=0.0):
     if tau == 0:
         return torch.complex(scale_re * re.sign() * real, scale_im * im.sign() * ~real)
     units = torch.tensor([0.0, 0.5, 1.0, -0.5], device=C.device) * math.pi
-    away = torch.atan2(im, re).unsqueeze(-1) - units  # (..., 4)
+    # atan2's derivative divides by |C|^2, which must not be 0, also where it is not used
+    none = torch.hypot(re.detach(), im.detach()) < 1e-18
+    away = torch.atan2(im, torch.where(none, 1.0, re)).unsqueeze(-1) - units  # (..., 4)
     away = torch.remainder(away + math.pi, 2 * math.pi) - math.pi  # the short way round
     one, i, minus_one, minus_i = torch.softmax(-away.square() / max(tau, 1e-20), -1).unbind(-1)
-    return torch.complex(scale_re * (one - minus_one), scale_im * (i - minus_i))
+    soft = torch.complex(scale_re * (one - minus_one), scale_im * (i - minus_i))
+    return torch.where(none, C, soft)
 
 
 def fairy(w, tau=0.0):
@@ -109,6 +114,10 @@ def fairy(w, tau=0.0):
     U, V = U1 + unit_codes(U - U1, tau), V1 + unit_codes(V - V1, tau)
     upper = torch.cat([V.real + U.real, V.imag - U.imag], 1)  # the way back
     return torch.cat([upper, torch.cat([V.imag + U.imag, U.real - V.real], 1)])
+
+
+def relax_fairy2i(w, s):
+    return through(w, fairy(w.detach()))
 
 
 def relax_fairy2i_hestia(w, s):
@@ -172,6 +181,10 @@ def relax_dlt(w, s, scale, shift):
     return through(z, scale * codes + shift[:, None], slope).view_as(w)
 
 
+def relax_stochastic(w, s, scale):
+    return w  # round_stochastically keeps it on the grid
+
+
 relax_seq = partial(relax_lsq, n=1.5, edge=0.99)
 start_lsq = lambda w, s: {"scale": 2 * groups(w, s).abs().mean(1)}
 start_seq = lambda w, s: {"scale": groups(w, s).abs().amax(1)}
@@ -193,11 +206,11 @@ class PerRow(hestia.Hestia):
 
 
 class Fairy2i(OwnLevels):
-    def __init__(self, model, total_steps, **settings):
-        for name, layer in (settings.get("layers") or hestia.linear_layers(model)).items():
+    def _check_settings(self, tau_init):
+        super()._check_settings(tau_init)
+        for name, layer in self.layers.items():
             if any(side % 2 for side in layer.weight.shape):
                 raise ValueError(f"{name} has an odd side; choose another row than Fairy2i's")
-        super().__init__(model, total_steps, **settings)
 
     def hardened(self, name):
         return fairy(self.latents[name].detach())
@@ -207,10 +220,13 @@ class Tequila(hestia.Hestia):
     """Tequila (arXiv 2509.23809): AbsMean, and a bias for each row, `strength` times the sum of its
     weights of code 0. They feel it wherever they are. The bias stays in the model."""
 
-    def __init__(self, model, total_steps, **settings):
-        for name, layer in (settings.get("layers") or hestia.linear_layers(model)).items():
+    def _check_settings(self, tau_init):
+        super()._check_settings(tau_init)
+        for name, layer in self.layers.items():
             if layer.bias is not None:
                 raise ValueError(f"{name} has a bias, where Tequila needs its own; remove it")
+
+    def __init__(self, model, total_steps, **settings):
         super().__init__(model, total_steps, **settings)
         for layer in self.layers.values():
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))  # (n_out,)
@@ -237,6 +253,9 @@ class Tequila(hestia.Hestia):
             if layer.bias.grad is not None:  # added to what came through the weight
                 bias.backward(layer.bias.grad.to(bias.dtype))
                 layer.bias.grad = None
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "bias_graphs": []}
 
     @contextmanager
     def hard(self):
@@ -288,7 +307,8 @@ def distilled(teacher, model, x, y, micro_batches=1, weight=1.0, backward=hestia
         with torch.no_grad():
             target = torch.log_softmax(teacher(x).float(), -1)  # (B, T, V)
         got = torch.log_softmax(model(x).float(), -1)  # (B, T, V)
-        kl = (target.exp() * (target - got)).sum(-1).mean()
+        counted = y != -100  # (B, T); nll_loss leaves the others out
+        kl = ((target.exp() * (target - got)).sum(-1) * counted).sum() / counted.sum()
         return weight * kl + (1 - weight) * nn.functional.nll_loss(got.flatten(0, 1), y.flatten())
 
     loss.no_sync = getattr(model, "no_sync", None)  # what parallel.backward needs
@@ -306,7 +326,6 @@ def spectra(steps, optimizer, loss, norm, clip):
 
 # -- The rows --------------------------------------------------------------------------------------
 
-relax_fairy2i = lambda w, s: through(w, fairy(w.detach()))
 hestia.METHODS.update({
     "twn": Method("TWN", relax_twn, relax_twn),
     "lsq": Method("LSQ", relax_lsq, relax_lsq),
@@ -319,7 +338,7 @@ hestia.METHODS.update({
     "dge": Method("DGE", relax_dge, hard_absmean),
     "dsq": Method("DSQ", relax_dsq, hard_absmean),
     "daq": Method("DAQ", relax_daq, hard_absmean),
-    "stochastic": Method("stochastic rounding", lambda w, s, scale: w, hard_absmean),
+    "stochastic": Method("stochastic rounding", relax_stochastic, hard_absmean),
 })
 
 # {row: arguments of cls, which is hestia.Hestia by default}. Four more are for make: hook, an

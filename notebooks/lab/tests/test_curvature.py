@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import hestia
 from notebooks.lab import curvature, figures, tables
@@ -72,8 +74,62 @@ def test_fisher_traces_refuse_what_they_cannot_do():
     for bad in (w.bfloat16(), w.detach()):
         with pytest.raises(ValueError, match="w: a trace needs float32 or float64 that requires"):
             curvature.fisher_traces(logits, {"w": bad}, [0])
-    with pytest.raises(ValueError, match="the logits do not depend on these tensors"):
-        curvature.fisher_traces(logits, {"w": torch.ones(3, requires_grad=True)}, [0])
+
+
+class TwoLayers(torch.nn.Module):
+    """use_reentrant: of a checkpoint around the first; None for none."""
+
+    def __init__(self, use_reentrant=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = torch.nn.Embedding(9, 8), torch.nn.Linear(8, 9)
+        self.a, self.b = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+        self.use_reentrant = use_reentrant
+
+    def forward(self, ids, targets=None):
+        x, first = self.embed(ids), lambda x: torch.tanh(self.a(x))
+        if self.use_reentrant is None:
+            x = first(x)
+        else:
+            x = checkpoint(first, x, use_reentrant=self.use_reentrant)
+        logits = self.out(torch.tanh(self.b(x)))
+        return logits if targets is None else torch.nn.functional.cross_entropy(logits, targets)
+
+
+def both_estimates(model, weights_of, no_grad=False):
+    """Fisher's traces and gradient norms of layers a and b."""
+    batch = torch.arange(9), torch.arange(9).flip(0)
+    params = {name: weights_of.get_submodule(name).weight for name in "ab"}
+    logits, loss = lambda b: model(b[0]), lambda b: model(*b)
+    with torch.no_grad() if no_grad else nullcontext():
+        return (curvature.fisher_traces(logits, params, [batch], generator=seeded(0)),
+                curvature.gradient_norms(loss, params, [batch]))
+
+
+def test_a_tensor_outside_of_the_graph_is_named_and_never_zero():
+    plain = TwoLayers()
+    expected = both_estimates(plain, plain)
+    assert all(h.value > 0 for h in expected[0].values()) and min(expected[1].values()) > 0
+    assert both_estimates(plain, plain, no_grad=True) == expected
+    checkpointed = TwoLayers(use_reentrant=False)
+    assert both_estimates(checkpointed, checkpointed) == expected
+    batch, reentrant, copied = (torch.arange(9),) * 2, TwoLayers(use_reentrant=True), TwoLayers()
+    half = {"a": plain.a.weight, "b": copied.b.weight}
+    frozen = TwoLayers().requires_grad_(False)  # with it nothing has a graph
+    for model, params, names in (
+            (reentrant, {n: reentrant.get_submodule(n).weight for n in "ab"}, "a"),
+            (plain, {n: copied.get_submodule(n).weight for n in "ab"}, "a, b"),
+            (plain, half, "b"), (frozen, half, "a, b")):
+        with pytest.raises(ValueError, match=f"the logits do not depend on {names}; give the"):
+            curvature.fisher_traces(lambda b, model=model: model(b[0]), params, [batch])
+        with pytest.raises(ValueError, match=f"the loss does not depend on {names}; give the"):
+            curvature.gradient_norms(lambda b, model=model: model(*b), params, [batch])
+
+
+def test_frozen_layers_are_not_among_the_weights_that_are_quantized():
+    model = TwoLayers()
+    model.b.requires_grad_(False)
+    assert list(curvature.linear_weights(model)) == ["out", "a"]
 
 
 def test_gradient_norms_and_rounding_errors_by_hand(llama):
@@ -123,7 +179,7 @@ def test_gradient_and_hessian_against_torchs_own(llama):
             return functional_call(model, weights, batches[0])
 
     flat = torch.cat([wa.detach().flatten(), wb.detach().flatten()])
-    g, H = curvature.gradient_and_hessian(model, batches[0], [wa, wb])
+    g, H = curvature.gradient_and_hessian(model, batches[0], {"a": wa, "b": wb})
     torch.testing.assert_close(g, torch.autograd.functional.jacobian(loss_of, flat))
     torch.testing.assert_close(H, torch.autograd.functional.hessian(loss_of, flat))
 

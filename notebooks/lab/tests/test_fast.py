@@ -188,9 +188,20 @@ def test_passes_out_of_turn_are_the_cores_errors(uncompiled):
     with pytest.raises(ValueError, match="expected a step from 0 to 9"):
         qat.relax(10)
     qat.relax(3)
+    with pytest.raises(RuntimeError, match="found no gradient; call it after backward"):
+        qat.pull_back()
+    some = next(iter(qat.layers.values())).weight
+    some.grad = torch.ones_like(some)
+    with pytest.raises(RuntimeError, match=r"q_proj.weight was left with a gradient"):
+        qat.relax(4)
     qat.pull_back()
     with pytest.raises(RuntimeError, match=r"call relax\(t\) first"):
         qat.pull_back()
+    some.data = some.data.clone()
+    with torch.no_grad():
+        some.add_(1)
+    with pytest.raises(RuntimeError, match=r"q_proj.weight was written to"):
+        qat.relax(5)
 
 
 def test_other_methods_take_the_readable_passes(uncompiled, monkeypatch):
@@ -358,6 +369,33 @@ def test_a_fast_llama_has_the_plain_ones_loss_and_gradients(tied, checkpointing,
         torch.testing.assert_close(found, expected)
         for a, b in zip(quick.parameters(), plain.parameters()):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12)
+
+
+IGNORED = {"some": [0, 3, 4, 20], "a part": range(5, 10), "the last part": [0, 30, 31, 32],
+           "all but one": range(1, 33), "all": range(33)}
+
+
+@pytest.mark.parametrize("ignored", IGNORED.values(), ids=IGNORED)
+def test_a_loss_in_parts_counts_the_targets_that_are_not_ignored(ignored):
+    plain = tiny_llama(vocab_size=67).double()
+    quick = fast.llama(copy.deepcopy(plain))
+    x, y = torch.randint(0, 67, (2, 3, 11), generator=torch.Generator().manual_seed(0))
+    y.view(-1)[list(ignored)] = -100
+    hidden = randn(3, 11, 32, seed=1, dtype=torch.float64)
+    expected, found = plain(x, y), quick(x, y)
+    torch.testing.assert_close(found, expected, equal_nan=True)  # in one part
+    for budget in (5 * 67, 67, 1):  # in parts of 5 tokens, and of one
+        quick.zero_grad()
+        plain.zero_grad()
+        a, b = (hidden.clone().requires_grad_() for _ in range(2))
+        found, expected = quick.loss(a, y, budget), plain.loss(b, y)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+        assert found.isnan() == (len(ignored) == 33)
+        found.backward()
+        expected.backward()
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-9, atol=1e-12, equal_nan=True)
+        torch.testing.assert_close(quick.lm_head.weight.grad, plain.lm_head.weight.grad, rtol=1e-9,
+                                   atol=1e-12, equal_nan=True)
 
 
 class InParts(fast.Llama):

@@ -1,7 +1,9 @@
 """Checks of notebooks/lab/rivals.py: worked examples, closed forms, autograd, short trainings."""
 
 import copy
+import io
 import math
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -121,6 +123,21 @@ def test_learned_numbers_are_trained_without_weight_decay(row, numbers):
     before, tokens = copy.deepcopy(own), torch.arange(99) % 17
     hestia.train(model, tokens, steps=4, batch_size=2, block_size=8, lr=1e-3, qat=qat)
     assert not any(torch.equal(x, old) for x, old in zip(own, before))
+
+
+def test_dsq_has_its_slope_everywhere():
+    def dsq(z):  # the paper's formula, for a number
+        k = math.log(2 / 0.2 - 1)
+        rise = math.tanh(k * (min(abs(z), 1) - 0.5)) / math.tanh(k / 2)
+        return math.copysign((rise + 1) / 2, z)
+
+    z = [0.0, -0.0, 0.3, -0.3, 0.9, -0.9, 1.5, -1.5, 2.3, -2.3]  # mean|z| = 1
+    w = (0.7 * f64([z])).requires_grad_()  # so that gamma = 0.7
+    W_eff = rivals.relax_dsq(w, STEP)
+    (slope,) = torch.autograd.grad(W_eff.sum(), w)
+    assert close(W_eff, 0.7 * f64([[dsq(x) for x in z]]), 1e-7)
+    assert close(slope, f64([[(dsq(x + 1e-6) - dsq(x - 1e-6)) / 2e-6 for x in z]]), 1e-6)
+    assert W_eff[0, :2].tolist() == [0, 0] and 0.4 < slope[0, 0] == slope[0, 1]
 
 
 def test_codes_are_places_in_the_grid_of_the_method():
@@ -251,6 +268,25 @@ def test_stochastic_rounding_has_the_right_mean():
     assert close(mean, proposal.clamp(-scale, scale), 4 * 0.5 * scale / 2000**0.5)
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.25])
+@pytest.mark.parametrize("ignored", [[], [0, 5], [0, 1, 2, 3, 4]])
+def test_distillation_counts_the_targets_that_are_not_ignored(ignored, weight):
+    generator = torch.Generator().manual_seed(0)
+    theirs, ours = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64).float()
+    ours.requires_grad_()
+    y = torch.randint(0, 9, (6,), generator=generator)
+    kept = [k for k in range(6) if k not in ignored]
+    q, p = (torch.log_softmax(z[kept], -1) for z in (ours, theirs))
+    kl = nn.functional.kl_div(q, p, log_target=True, reduction="batchmean")  # a mean over the rows
+    expected = weight * kl + (1 - weight) * nn.functional.cross_entropy(ours[kept], y[kept])
+    (gradient,) = torch.autograd.grad(expected, ours)
+    y[ignored] = -100
+    teacher, student = (lambda x, z=z: z.view(2, 3, 9) for z in (theirs, ours))
+    loss = rivals.distilled(teacher, student, torch.zeros(2, 3), y.view(2, 3), weight=weight)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert close(ours.grad, gradient, 1e-6)
+
+
 @pytest.mark.parametrize("weight, micro_batches", [(1.0, 1), (1.0, 4), (0.25, 2)])
 def test_distillation_by_its_worked_number_and_its_gradient(weight, micro_batches):
     theirs, ours = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.5, 0.0], requires_grad=True)
@@ -318,6 +354,133 @@ def test_rows_without_a_class_of_their_own_can_be_fast():
         settings = dict(group_size=4, tau_init=0.3, compile=True, distill=False)
         qat, more = rivals.make(row, tiny_llama(), 4, 1e-3, **settings)
         assert type(qat) is cls and not more
+
+
+NAMES = [*dict.fromkeys([*hestia.METHODS, *rivals.ROWS])]
+
+
+def two_layers(dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False)
+    return nn.Sequential(*layers).to(dtype)
+
+
+def around(name, model, **settings):
+    """(qat, on_step), for 10 steps, never from scratch: these models have no config."""
+    row = {**rivals.ROWS.get(name, {"method": name}), "scratch": False}
+    qat, more = rivals.make(name, model, 10, 1e-2, row, group_size=4, tau_init=0.3, **settings)
+    return qat, more.get("on_step", lambda t, record: None)
+
+
+def trained(qat, optimizer, steps, x, on_step=lambda t, record: None):
+    """What is trained, after these steps."""
+    for t in steps:
+        qat.relax(t)
+        (qat.model(x) - 1).float().square().mean().backward()
+        qat.pull_back()
+        optimizer.step()
+        optimizer.zero_grad()
+        on_step(t, None)
+    return [p.detach().clone() for p in qat.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_narrow_model_stays_narrow_and_runs(name, dtype):
+    model, x = two_layers(dtype), torch.ones(5, 8, dtype=dtype)
+    qat, on_step = around(name, model)
+    seen = [model(x)]
+    trained(qat, hestia.adamw(qat.parameters(), 1e-2), range(3), x, on_step)
+    seen.append(model(x))
+    with qat.hard():
+        hard = [p.detach().clone() for p in model.parameters()]  # with Tequila's biases
+        seen.append(model(x))
+    qat.harden()
+    seen.append(model(x))
+    assert all(y.dtype == dtype and torch.isfinite(y).all() for y in seen)
+    assert torch.equal(seen[2], seen[3]) and len(hard) == (4 if name == "tequila" else 2)
+    for before, after in zip(hard, model.parameters(), strict=True):
+        assert before.dtype == after.dtype == dtype and torch.equal(before, after)
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-20])
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_that_start_at_zero_are_moved(name, first):
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    for rows in ([0, 1, 2, 3], [0, 2]):  # all, or one of each half: complex numbers that are 0
+        for t in (0, 1, 5):  # at pressure 0, 1/2 and 1
+            model = two_layers()
+            model[2].weight.data[rows] = first
+            qat, _ = around(name, model)
+            qat.relax(t)
+            (model(x) - 1).square().mean().backward()
+            qat.pull_back()
+            gradient = qat.latents["2"].grad[rows]
+            assert torch.isfinite(gradient).all() and (gradient != 0).all(), (rows, t)
+
+
+def test_a_complex_zero_stays_and_has_the_slope_of_the_straight_through_estimator():
+    C = torch.complex(f64([0.0, 1e-30, 0.5, -0.4]), f64([0.0, 0.0, 0.1, 0.9])).requires_grad_()
+    out = rivals.unit_codes(C, tau=0.3)
+    (gradient,) = torch.autograd.grad(torch.view_as_real(out).sum(), C)
+    assert torch.equal(out[:2], C[:2]) and rivals.unit_codes(C)[0] == 0  # as the hard codes
+    assert gradient[:2].tolist() == [1 + 1j, 1 + 1j] and (gradient[2:] != 1 + 1j).all()
+
+
+def written_and_read(what):
+    file = io.BytesIO()
+    torch.save(what, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda what: pickle.loads(pickle.dumps(what)),
+          "torch.save": written_and_read}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+@pytest.mark.parametrize("name", [*NAMES, "fast full", "fast absmean", "fast hestia"])
+def test_a_copy_goes_on_like_the_original(name, copied, monkeypatch):
+    monkeypatch.setattr(fast, "compiled", lambda function: function)
+    fused, name = name.startswith("fast "), name.removeprefix("fast ")
+    settings = dict(compile=True) if fused else {}
+    for relaxed, dtype in ((False, torch.bfloat16), (True, torch.float32)):
+        model, x = two_layers(dtype), torch.ones(5, 8, dtype=dtype)
+        qat, _ = around(name, model, **settings)
+        optimizer = hestia.adamw(qat.parameters(), 1e-2)
+        trained(qat, optimizer, range(3), x)
+        if relaxed:  # between relax and pull_back
+            qat.relax(3)
+        again, its_optimizer = copied((qat, optimizer))
+        assert type(again) is type(qat) and again.layers["2"] is again.model[2]
+        if relaxed:  # a copy has no graph
+            with pytest.raises(RuntimeError, match=r"call relax\(t\) first"):
+                again.pull_back()
+        after = trained(again, its_optimizer, range(3, 6), x)
+        expected = trained(qat, optimizer, range(3, 6), x)  # which its copy has not moved
+        assert all(map(torch.equal, after, expected))
+        with again.hard():
+            hard = again.model(x)
+        again.harden()
+        qat.harden()
+        assert torch.equal(qat.model(x), again.model(x)) and torch.equal(again.model(x), hard)
+        assert all(map(torch.equal, qat.model.parameters(), again.model.parameters()))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_layer_is_neither_refused_nor_touched(name, named):
+    torch.manual_seed(0)
+    frozen = nn.Linear(4, 3).requires_grad_(False)  # an odd side, and a bias
+    model, x = nn.Sequential(*two_layers(), frozen), torch.ones(5, 8)
+    before = copy.deepcopy(frozen)
+    settings = {"layers": {"0": model[0], "2": model[2], "3": frozen}} if named else {}
+    qat, on_step = around(name, model, **settings)
+    trained(qat, hestia.adamw(qat.parameters(), 1e-2), range(2), x, on_step)
+    qat.harden()
+    assert list(qat.layers) == list(qat.latents) == ["0", "2"] and frozen.weight.grad is None
+    assert torch.equal(frozen.weight, before.weight) and torch.equal(frozen.bias, before.bias)
+    assert not frozen.weight.requires_grad and not frozen.bias.requires_grad
 
 
 @pytest.mark.parametrize("row, codebook, reason", [
