@@ -357,7 +357,7 @@ def _joint_traces(loss_fn, params, batches, probes, generator, count):
     signs of different tensors are independent. Without a_j large traces would drown the others.
     """
     weights = list(params.values())
-    readings = torch.zeros(len(weights), probes, dtype=torch.float64)
+    readings = torch.zeros(len(weights), probes, dtype=weights[0].dtype)
     for batch in batches:  # each with signs of its own: the mean over batches averages noise too
         grads = _gradients(loss_fn, batch, params)
         norms = torch.stack([g.detach().norm() for g in grads])
@@ -611,19 +611,19 @@ class Hestia:
                          for name, p in model.named_parameters()
                          if p.dim() > 1 and id(p) not in quantized}
         self.graphs = {}  # {layer's name: W_eff with its graph to W}, from relax to pull_back
-        self.first = [*self.latents.values()], [w.detach().sum() for w in self.latents.values()]
-        self.pulled, self.begun, self.shown = 0, False, {}  # see _look and _check_loop
+        self.first, self.pulled, self.begun = self._sums(), 0, False  # see _look, _check_stepped
         self.shown = self._look({})
 
     def _check_settings(self, tau_init):
         """One sentence for what cannot work, before anything in the model is changed."""
         pressure(0, self.total_steps, self.rho)  # refuses both
         nearest_code(torch.zeros(1), self.codebook)
+        if self.rho == 1 and self.method.soft:
+            warnings.warn("rho = 1 leaves no step in which the temperature falls", stacklevel=3)
         if not (tau_init is None or 0 < tau_init < math.inf):
             raise ValueError(f"tau_init is {tau_init}; expected a number above 0, such as 0.3")
         if not self.layers:
-            raise ValueError("nothing to quantize: the model has no nn.Linear but its output head, "
-                             "or they are frozen, or packed in whole numbers")
+            raise ValueError("nothing to quantize: no nn.Linear but the head, or frozen or packed")
         for name, layer in self.layers.items():
             _groups(layer.weight, self.group_size)
             if layer.weight.is_meta or not torch.isfinite(layer.weight).all():
@@ -676,6 +676,7 @@ class Hestia:
     @torch.inference_mode(False)  # or they could not be trained again
     def harden(self):
         """Line 13: W-hat = Q(W), gamma in bfloat16, in the dtype that the model had."""
+        self._look(self.shown)
         self._check_stepped()
         for name, layer in self.layers.items():
             layer.weight = nn.Parameter(self.hardened(name).to(self.dtypes[name]))
@@ -709,25 +710,25 @@ class Hestia:
     def __str__(self):  # what is quantized, and what is not
         count = sum(w.numel() for w in self.latents.values())
         share = count / sum(p.numel() for p in self.model.parameters())
-        others = [f"{name} ({what})" for name, what in self.left_out.items()]
-        others[5:] = [f"{len(others) - 5} more"] if len(others) > 5 else []
-        return (f"{len(self.layers)} layers, {share:.0%} of the weights; matrices left out: "
-                f"{', '.join(others) or 'none'}")
+        kinds = ", ".join(sorted({*self.left_out.values()})) or "none"
+        return f"{len(self.layers)} layers, {share:.0%} of the weights; matrices left out: {kinds}"
 
     # Refused: models that were changed behind this object's back, and loops that train nothing
-
     def _look(self, expected):
-        """What relax must find again of each weight. RuntimeError where it differs."""
+        """What relax must find again of the model. RuntimeError where it differs."""
         found = {}
         for name, layer in self.layers.items():
             w = layer.weight
-            written = w._version if self.begun else float(w.detach().sum(dtype=torch.float32))
-            found[name] = {"replaced": id(w), "frozen": w.requires_grad, "moved": w.device,
-                           "left with a gradient": w.grad is None, "written to": written}
-            for what, before in expected.get(name, {}).items():
+            written = (w._version, w.data_ptr()) if self.begun else float(w.detach().float().sum())
+            found[f"{name}.weight"] = {
+                "replaced": id(w), "frozen": w.requires_grad, "moved": (w.device, w.dtype),
+                "left with a gradient": w.grad is None, "written to": written}
+        found["the model"] = {"given other parameters": [*map(id, self.model.parameters())]}
+        for name, seen in expected.items():
+            for what, before in seen.items():
                 if found[name][what] != before:
-                    raise RuntimeError(f"{name}.weight was {what} since Hestia() or relax(); load "
-                                       "and wrap before, and call pull_back() after backward()")
+                    raise RuntimeError(f"{name} was {what} since Hestia() or relax(); load and "
+                                       "wrap before, and call pull_back() after backward()")
         return found
 
     def _check_loop(self):
@@ -739,8 +740,11 @@ class Hestia:
             self._check_stepped()
 
     def _check_stepped(self):
-        if self.pulled > 1 and all(torch.equal(w.sum(), x) for w, x in zip(*self.first)):
+        if self.pulled > 1 and self._sums() == self.first:
             raise RuntimeError("no latent weight has moved; give the optimizer qat.parameters()")
+
+    def _sums(self):
+        return [float(w.detach().flatten()[::2].sum()) for w in self.latents.values()]
 
     def __getstate__(self):  # a copy has a model of its own, and no graph
         return {**vars(self), "graphs": {}, "shown": {}, "pulled": 0}
@@ -1044,14 +1048,13 @@ def evaluate(model, tokens, block_size, batch_size=32):
     Every token of a block is predicted but its first. Under `with qat.hard():` or after `harden()`
     this is J(W), Eq. (3). ValueError if there is nothing to predict.
     """
-    if min(len(tokens), block_size) < 2:
-        raise ValueError(f"{len(tokens)} tokens in blocks of {block_size} leave none to predict")
+    if tokens.dim() != 1 or min(len(tokens), block_size) < 2:
+        raise ValueError(f"blocks of {block_size} in {(*tokens.shape,)} leave none to predict")
     device, losses = next(model.parameters()).device, []  # [(mean loss, targets)]
     whole = len(tokens) // block_size * block_size
     # (<= batch_size, block_size) each, and the rest, (1, < block_size)
-    batches = *tokens[:whole].view(-1, block_size).split(batch_size), tokens[None, whole:]
     with precision(device), evaluating(model):
-        for ids in batches:
+        for ids in (*tokens[:whole].view(-1, block_size).split(batch_size), tokens[None, whole:]):
             if ids[:, 1:].numel():
                 x, y = ids[:, :-1].to(device).long(), ids[:, 1:].to(device).long()
                 losses.append((model(x, y), y.numel()))
@@ -1093,6 +1096,8 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     """
     if qat and qat.total_steps != steps:
         raise ValueError(f"{steps} steps, and schedules for {qat.total_steps}; make them equal")
+    if qat and {*map(id, model.parameters())} != {*map(id, qat.model.parameters())}:
+        raise ValueError("the Hestia is not around this model; make it from the whole of it")
     if batch_size % micro_batches:
         raise ValueError(f"a batch of {batch_size} does not split into {micro_batches} equal parts")
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", math.inf)

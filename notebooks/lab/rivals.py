@@ -19,6 +19,10 @@ import plots
 from hestia import TERNARY, TWO_BIT, Method, hard_absmean
 from notebooks.lab import fast
 
+# Ternary at the scale 1.5 mean|w|, near the least squares of Gaussian weights, 1.53. In units of
+# gamma its codes are these. tau stays in units of gamma, so that it starts 2.25 times as large.
+WIDE = (-1.5, 0.0, 1.5)
+
 # -- Methods of W alone: relax(W, Step) -> W_eff ---------------------------------------------------
 
 
@@ -78,6 +82,24 @@ def relax_dsq(w, s, alpha=0.2):
     side = torch.where(z < 0, -1.0, 1.0)  # not sign(z) and |z|: for autograd they are flat at 0
     soft = torch.tanh(k * (z.clamp(-1, 1) - side / 2)) / math.tanh(k / 2)  # -side at 0, side at +-1
     return (gamma * (soft + side) / 2).view_as(w)
+
+
+def relax_leak(w, s, leak=0.3):
+    """HESTIA's value, and a slope that never ends: (1 - p) + p (leak + (1 - leak) J)."""
+    H = hestia.soft_quantize(w, s.tau, s.group_size, s.codebook)
+    return (1 - s.p) * w + s.p * ((1 - leak) * H + leak * through(w, H.detach()))
+
+
+def slope_leak(w, p, tau, codebook, leak=0.3):  # the same for fast.Hestia
+    return (1 - leak) * fast.slope_hestia(w, p, tau, codebook) + leak
+
+
+fast.FUSED[relax_leak] = fast.relax_hestia, slope_leak
+
+
+def hard_wide(w, s):
+    """Q(W), each group's one level rounded to bfloat16: 1.5 gamma has a digit too many."""
+    return hard_absmean(w, s).bfloat16().to(w.dtype)
 
 
 def widely_linear(R):
@@ -232,6 +254,7 @@ class Tequila(hestia.Hestia):
             layer.bias = nn.Parameter(layer.weight.new_zeros(len(layer.weight)))  # (n_out,)
         if dataclasses.is_dataclass(getattr(model, "config", None)):  # what save_llama writes
             model.config = dataclasses.replace(model.config, attention_bias=True, mlp_bias=True)
+        self.shown = self._look({})  # with the biases
 
     def biases(self, strength=1e-3):
         """Pairs of a layer and its bias, (n_out,), with its graph to W."""
@@ -300,16 +323,21 @@ def round_stochastically(qat, lr, t, record):
         w.copy_((scale * (z.floor() + up)).view_as(w))
 
 
-def distilled(teacher, model, x, y, micro_batches=1, weight=1.0, backward=hestia.backward):
+def mixed_loss(got, target, y, weight):
     """LLM-QAT (arXiv 2305.17888): weight * KL(teacher || student) + (1 - weight) * cross-entropy.
-    Both models give logits, so that a large vocabulary needs more micro-batches."""
+    got, target: logits of student and teacher, (B, T, V). y: (B, T)."""
+    target, got = torch.log_softmax(target.float(), -1), torch.log_softmax(got.float(), -1)
+    counted = y != -100  # nll_loss leaves the others out
+    kl = ((target.exp() * (target - got)).sum(-1) * counted).sum() / counted.sum()
+    return weight * kl + (1 - weight) * nn.functional.nll_loss(got.flatten(0, 1), y.flatten())
+
+
+def distilled(teacher, mixed, weight, model, x, y, micro_batches=1, backward=hestia.backward):
+    """A `backward` with a teacher. Both models give logits: a large vocabulary takes memory."""
     def loss(x, y):
         with torch.no_grad():
-            target = torch.log_softmax(teacher(x).float(), -1)  # (B, T, V)
-        got = torch.log_softmax(model(x).float(), -1)  # (B, T, V)
-        counted = y != -100  # (B, T); nll_loss leaves the others out
-        kl = ((target.exp() * (target - got)).sum(-1) * counted).sum() / counted.sum()
-        return weight * kl + (1 - weight) * nn.functional.nll_loss(got.flatten(0, 1), y.flatten())
+            target = teacher(x)
+        return mixed(model(x), target, y, weight)
 
     loss.no_sync = getattr(model, "no_sync", None)  # what parallel.backward needs
     return backward(loss, x, y, micro_batches)
@@ -338,6 +366,10 @@ hestia.METHODS.update({
     "dge": Method("DGE", relax_dge, hard_absmean),
     "dsq": Method("DSQ", relax_dsq, hard_absmean),
     "daq": Method("DAQ", relax_daq, hard_absmean),
+    "absmean-wide": Method("AbsMean STE, 1.5 gamma", hestia.relax_ste, hard_wide),
+    "hestia-wide": Method("HESTIA, alpha = 0, 1.5 gamma", hestia.relax_hestia, hard_wide, soft=True),
+    "leak": Method("HESTIA, alpha = 0, leak", relax_leak, hard_absmean, soft=True),
+    "leak-wide": Method("HESTIA, alpha = 0, leak, 1.5 gamma", relax_leak, hard_wide, soft=True),
     "stochastic": Method("stochastic rounding", relax_stochastic, hard_absmean),
 })
 
@@ -347,6 +379,10 @@ hestia.METHODS.update({
 ROWS = {
     "hestia-binary": dict(codebook=hestia.BINARY),
     "hestia-2bit": dict(codebook=TWO_BIT),
+    "absmean-wide": dict(method="absmean-wide", codebook=WIDE),
+    "hestia-wide": dict(method="hestia-wide", codebook=WIDE, alpha=0.0),
+    "leak": dict(method="leak", alpha=0.0),
+    "leak-wide": dict(method="leak-wide", codebook=WIDE, alpha=0.0),
     "twn": dict(method="twn", cls=OwnLevels, codebook=TERNARY),
     "lsq": dict(method="lsq", cls=Learned, start=start_lsq, codebook=TERNARY),
     "seq": dict(method="seq", cls=Learned, start=start_seq, codebook=TERNARY),
@@ -399,7 +435,10 @@ def make(name, model, steps, lr, row=None, compile=False, **settings):
     cls, hook, update, distill, scratch = (arguments.pop(key, None) for key in keys)
     if distill:
         teacher = copy.deepcopy(model).requires_grad_(False).eval()
-        more["backward"] = partial(distilled, teacher, weight=float(distill))
+        mixed = mixed_loss
+        if compile:
+            teacher, mixed = torch.compile(fast.llama(teacher)), fast.compiled(mixed_loss)
+        more["backward"] = partial(distilled, teacher, mixed, float(distill))
     if scratch:
         model.load_state_dict(hestia.Llama(model.config).state_dict())
     qat = cls(model, steps, **arguments)

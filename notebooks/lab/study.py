@@ -6,7 +6,8 @@
 All options of train_tiny.py hold here too. The same command goes on with a study that was
 interrupted. With --lrs each method gets the rate at which its hard weights lose least on the last
 2.5 % of the training text, with a seed of its own. Nothing else uses either. A variant such as
-hestia:alpha=0.6 has the rate of what it varies.
+hestia:alpha=0.6 has the rate of what it varies. With --tune only these rows are tried; another row
+takes the rate of the first of them that has a temperature, or has none, as it does.
 """
 
 import argparse
@@ -63,6 +64,7 @@ ROWS = [*train_tiny.ROWS, *rivals.ROWS]
 class Config(train_tiny.Config):
     ablate: tuple = ()
     lrs: tuple = ()
+    tune: tuple = ()
 
 
 def parse(arguments):
@@ -76,12 +78,18 @@ def parse(arguments):
                         help="compare variants; other --methods are added")
     parser.add_argument("--lrs", nargs="+", type=float, default=[], metavar="RATE",
                         help="choose the peak learning rate of each method among these")
+    parser.add_argument("--tune", nargs="+", default=[], metavar="ROW",
+                        help="the rows that choose, where not all do; others take their rates")
     parser.add_argument("--workers", type=int, default=0, metavar="N",
                         help="processes that share the work, each with a GPU in turn [0: this one]")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     own, others = parser.parse_known_args(arguments)
-    config = Config(**vars(train_tiny.parse(others)), ablate=tuple(own.ablate), lrs=tuple(own.lrs))
+    config = Config(**vars(train_tiny.parse(others)), ablate=tuple(own.ablate), lrs=tuple(own.lrs),
+                    tune=tuple(own.tune))
     config.methods, config.out = chosen_rows(config), config.out or "out/study"
+    soft = lambda rows: {is_soft(row) for row in rows}
+    if config.tune and (not {*config.tune} <= {*ROWS} or soft(config.tune) != soft(config.methods)):
+        raise ValueError("--tune takes names of rows, with a temperature and without as --methods")
     if not all(0 < lr < math.inf for lr in config.lrs) or own.workers < 0:
         raise ValueError("--lrs are rates above 0, and --workers is a number of processes")
     return config, own.workers, own.worker
@@ -97,6 +105,13 @@ def chosen_rows(config):
             names += [row for row in ABLATIONS[what]  # without the group size of all rows
                       if not row.endswith(f":group_size={config.group_size}")]
     return tuple(dict.fromkeys(names))
+
+
+def is_soft(name):
+    """Whether a row has a temperature."""
+    line = LINES.get(name) or {**train_tiny.ROWS, **rivals.ROWS}.get(name, {"method": name})
+    method = hestia.METHODS.get(line.get("method", "hestia"))
+    return bool(method and method.soft)
 
 
 def best_rate(losses):
@@ -149,15 +164,22 @@ class Study:
             starts[self.path("start", seed)] = functools.partial(self.begin, seed)
         for name in self.config.methods:
             for lr, path in self.tries(name).items():
-                tries[path] = functools.partial(self.tune, name.partition(":")[0], lr, path)
+                tries[path] = functools.partial(self.tune, self.chooser(name), lr, path)
         for seed in self.seeds:
             for name in self.config.methods:
                 rows[self.path(name, seed)] = functools.partial(self.row, name, seed)
         return [starts, tries, rows]
 
+    def chooser(self, name):
+        """The row whose tries choose this row's rate: itself, what it varies, or one of --tune."""
+        stem = name.partition(":")[0]
+        if not self.config.tune or stem in self.config.tune:
+            return stem
+        return next(row for row in self.config.tune if is_soft(row) == is_soft(name))
+
     def tries(self, name):
-        """{rate: file of the try} of a method, or of what a variant varies."""
-        stem, seed = name.partition(":")[0], self.tuning_seed
+        """{rate: file of the try} of the row that chooses a row's rate."""
+        stem, seed = self.chooser(name), self.tuning_seed
         return {lr: self.path(f"{stem} at {lr}", seed) for lr in self.config.lrs}
 
     def tuning(self, name):
@@ -233,7 +255,7 @@ class Study:
                     rows[name]["bits"] = bits[name]
             per_seed.append(rows)
         tuned = names if self.config.lrs else ()
-        about["tuning"] = {name.partition(":")[0]: self.tuning(name) for name in tuned}
+        about["tuning"] = {self.chooser(name): self.tuning(name) for name in tuned}
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             train_tiny.finish(about, entries, per_seed, self.folder)  # a shorter table
         tables.show(self.folder / "results.json")

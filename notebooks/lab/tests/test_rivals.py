@@ -282,7 +282,8 @@ def test_distillation_counts_the_targets_that_are_not_ignored(ignored, weight):
     (gradient,) = torch.autograd.grad(expected, ours)
     y[ignored] = -100
     teacher, student = (lambda x, z=z: z.view(2, 3, 9) for z in (theirs, ours))
-    loss = rivals.distilled(teacher, student, torch.zeros(2, 3), y.view(2, 3), weight=weight)
+    x, mixed = torch.zeros(2, 3), rivals.mixed_loss
+    loss = rivals.distilled(teacher, mixed, weight, student, x, y.view(2, 3))
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert close(ours.grad, gradient, 1e-6)
 
@@ -292,7 +293,7 @@ def test_distillation_by_its_worked_number_and_its_gradient(weight, micro_batche
     theirs, ours = torch.tensor([2.0, 0.0, -1.0]), torch.tensor([1.0, 0.5, 0.0], requires_grad=True)
     teacher, student = (lambda x, z=z: z.expand(len(x), 1, 3) for z in (theirs, ours))
     x, y = torch.zeros(4, 1, dtype=torch.long), torch.ones(4, 1, dtype=torch.long)
-    loss = rivals.distilled(teacher, student, x, y, micro_batches, weight)
+    loss = rivals.distilled(teacher, rivals.mixed_loss, weight, student, x, y, micro_batches)
     p, q = torch.softmax(theirs, 0), torch.softmax(ours.detach(), 0)
     expected = weight * 0.255111 - (1 - weight) * math.log(q[1])
     assert loss.item() == pytest.approx(expected, abs=1e-6)
@@ -316,7 +317,8 @@ def test_distillation_learns_from_the_model_as_it_was():
     assert close(weight.grad, gradient, 1e-4) and weight.grad.abs().max() > 0.1
     assert kl > 0.01 and all(p.grad is None for p in more["backward"].args[0].parameters())
     model.no_sync = nullcontext  # a model in DDP has this, and lab/parallel asks for it
-    rivals.distilled(before, model, ids, ids, backward=lambda loss, *rest: loss.no_sync())
+    no_sync = lambda loss, *rest: loss.no_sync()
+    rivals.distilled(before, rivals.mixed_loss, 1.0, model, ids, ids, backward=no_sync)
 
 
 def test_the_schedule_of_spectra():
@@ -541,3 +543,37 @@ def test_every_row_trains_and_hardens(row):
             assert fairy or len(group.unique()) <= len(qat.codebook)
         narrow = layer.weight.bfloat16().float()  # which holds all levels but 1.5 gamma
         assert fairy or len(qat.codebook) == 4 or torch.equal(layer.weight, narrow)
+
+
+def test_the_wide_grid_is_the_scale_1_5_mean_w():
+    torch.manual_seed(3)
+    w = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    scale, wide = 1.5 * hestia.absmean_scale(w, 4), rivals.WIDE
+    for tau in (0.0, 0.05, 0.5):  # tau counts in units of gamma: at 1.5 gamma it is 2.25 times less
+        expected = hestia.soft_quantize(w, tau / 2.25, 4, scale=scale)
+        torch.testing.assert_close(hestia.soft_quantize(w, tau, 4, wide), expected)
+    error = lambda tau: float((hestia.soft_quantize(w, tau, 4, scale=scale) - w).square().sum())
+    best = hestia.optimal_tau_init([w.detach()], 4, wide) / 2.25
+    assert error(best) <= min(map(error, torch.logspace(-2, 1, 200).tolist())) * (1 + 1e-6)
+    step = hestia.Step(1.0, 0.0, 4, wide)
+    hard = rivals.hard_wide(w.detach().float(), step).view(-1, 4)
+    for group in hard:  # one level, which bfloat16 holds
+        assert len(group.abs().unique()) <= 2 and torch.equal(group.bfloat16().float(), group)
+    assert ((hard - scale.float() * hard.sign()).abs() <= 0.01 * scale).all()
+
+
+@pytest.mark.parametrize("codebook", [hestia.TERNARY, rivals.WIDE])
+def test_the_leak_in_closed_form(codebook):
+    torch.manual_seed(4)
+    w = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    for p, tau in ((0.0, 0.3), (0.6, 0.3), (1.0, 0.02), (1.0, 0.0)):
+        step = hestia.Step(p, tau, 4, codebook)
+        W_eff = rivals.relax_leak(w, step)
+        torch.testing.assert_close(W_eff, hestia.effective_weight(w, tau, p, 4, codebook))
+        (slope,) = torch.autograd.grad(W_eff.sum(), w)
+        J = hestia.soft_quantize_jacobian(w.detach(), tau, 4, codebook)
+        torch.testing.assert_close(slope, (1 - p) + p * (0.3 + 0.7 * J))
+        if tau:  # the fused one
+            rows, tau = w.detach().view(-1, 4), torch.tensor(tau)
+            fused = rivals.slope_leak(rows, torch.tensor(p), tau, codebook).view_as(w)
+            torch.testing.assert_close(fused, slope, rtol=1e-5, atol=1e-6)
