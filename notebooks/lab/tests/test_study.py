@@ -87,6 +87,21 @@ def test_rows_that_are_asked_for():
     assert (config.lrs, workers, worker, config.steps) == ((1e-3, 3e-3), 2, None, 7)
 
 
+def test_rows_take_the_rates_of_others():
+    line = "--lrs 1 2 --methods absmean twn full leak hestia:rho=0.0 --tune absmean full hestia"
+    config, _, _ = study.parse(line.split())
+    some = study.Study.__new__(study.Study)
+    some.config = config
+    chosen = {row: some.chooser(row) for row in config.methods}
+    assert chosen == {"absmean": "absmean", "twn": "absmean", "full": "full", "leak": "hestia",
+                      "hestia:rho=0.0": "hestia"}
+    some.config.tune = ()
+    assert [*map(some.chooser, ("twn", "hestia:rho=0.0"))] == ["twn", "hestia"]
+    for tune in ("absmean", "absmean magic", "hestia"):
+        with pytest.raises(ValueError, match="--tune takes names of rows, with a temperature and"):
+            study.parse(f"--methods twn leak --tune {tune}".split())
+
+
 def test_best_rate_by_hand():
     assert study.best_rate({"0.001": 1.3, "0.003": 1.2, "0.009": 1.25}) == 0.003
     assert study.best_rate({"0.001": None, "0.003": 9.0}) == 0.003
