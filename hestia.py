@@ -78,7 +78,6 @@ BINARY, TWO_BIT = (-1.0, 1.0), (-1.5, -0.5, 0.5, 1.5)
 
 
 # -- 3.1 Problem definition: scale, hard quantizer, straight-through estimator, dead zone ----------
-
 def _at_least_float32(w):
     """float16 would lose epsilon, and bfloat16 would lose codes."""
     if not w.is_floating_point():
@@ -177,7 +176,6 @@ def dead_zone(w, dw, group_size=None, codebook=TERNARY, scale=None):
 
 
 # -- 3.2 Differentiable quantization: the softmax kernel. Section 4: its derivative ----------------
-
 def _kernel(z, tau, codebook):
     """Eq. (7) for z = w / gamma: the codes q, (K, 1, 1), and pi_tau(q | z), (K, n_groups, g)."""
     if not tau >= 0:
@@ -277,7 +275,6 @@ def effective_weight(w, tau, p, group_size=None, codebook=TERNARY, scale=None):
 
 
 # -- 3.3.1 Sensitivity: Hessian traces by Hutch++, and the scores they become ----------------------
-
 class TraceEstimate(NamedTuple):
     """A trace and its standard error. flagged: within two standard errors of zero."""
     value: float
@@ -439,7 +436,6 @@ def sensitivity_scores(traces, kappa=1.0, eps=1e-8):
 
 
 # -- 3.2 and 3.3.2 Schedules: pressure and temperature ---------------------------------------------
-
 def pressure(t, T, rho):
     """Eq. (10): p_t, the share of H in W_eff. It grows linearly to 1 over the first rho T steps.
 
@@ -498,7 +494,6 @@ def optimal_tau_init(weights, group_size=None, codebook=TERNARY):
 
 
 # -- Algorithm 1: W moves once per step, so W_eff is put into an ordinary model once per step ------
-
 class Step(NamedTuple):
     """What a method may know when it maps W to W_eff."""
     p: float
@@ -611,7 +606,8 @@ class Hestia:
                          for name, p in model.named_parameters()
                          if p.dim() > 1 and id(p) not in quantized}
         self.graphs = {}  # {layer's name: W_eff with its graph to W}, from relax to pull_back
-        self.first, self.pulled, self.begun = self._sums(), 0, False  # see _look, _check_stepped
+        # for _look, _check_loop and _check_stepped; begun: the last step of relax, from 1 on
+        self.first, self.pulled, self.begun, self.last = self._sums(), 0, 0, 0
         self.shown = self._look({})
 
     def _check_settings(self, tau_init):
@@ -658,7 +654,7 @@ class Hestia:
         for name, layer in self.layers.items():
             W_eff = self.graphs[name] = self.effective(t, name).to(layer.weight.dtype)
             layer.weight.data, layer.weight.grad = W_eff.detach(), None
-        self.begun = True
+        self.begun = t + 1
         self.shown = self._look({})
 
     def pull_back(self):
@@ -723,7 +719,8 @@ class Hestia:
             found[f"{name}.weight"] = {
                 "replaced": id(w), "frozen": w.requires_grad, "moved": (w.device, w.dtype),
                 "left with a gradient": w.grad is None, "written to": written}
-        found["the model"] = {"given other parameters": [*map(id, self.model.parameters())]}
+        trained = [id(p) for p in self.model.parameters() if p.requires_grad]
+        found["the model"] = {"given other parameters": trained}
         for name, seen in expected.items():
             for what, before in seen.items():
                 if found[name][what] != before:
@@ -735,7 +732,9 @@ class Hestia:
         if all(layer.weight.grad is None for layer in self.layers.values()):
             raise RuntimeError("pull_back() found no gradient; call it after backward() through "
                                "the model in this Hestia, and before zero_grad()")
-        self.pulled += 1
+        if self.begun == self.last and any(w.grad is not None for w in self.latents.values()):
+            raise RuntimeError("pull_back() twice in a step; call it once, after all micro-batches")
+        self.pulled, self.last = self.pulled + 1, self.begun
         if self.pulled == 20:
             self._check_stepped()
 
@@ -751,7 +750,6 @@ class Hestia:
 
 
 # -- The model of section 5.1: Llama 3, with the parameter names of Hugging Face checkpoints -------
-
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}
 
@@ -988,7 +986,6 @@ def save_llama(model, path):
 
 
 # -- The loop, nanoGPT style: Algorithm 1 with AdamW, warm-up-stable-decay, clipping, accumulation -
-
 class Diverged(RuntimeError):
     """The loss or the gradient is not finite. The weights are those before that step."""
 
@@ -1017,9 +1014,11 @@ def batch_at(tokens, step, batch_size, block_size, seed):
     tokens: (N,), on the device that gathers the batch. Returns inputs and targets, (batch_size,
     block_size) each, the targets one token further. ValueError if the text is too short.
     """
-    if not torch.is_tensor(tokens) or tokens.dim() != 1 or len(tokens) <= block_size:
+    whole = torch.is_tensor(tokens) and not tokens.is_floating_point()
+    if not whole or tokens.dim() != 1 or len(tokens) <= block_size:
         raise ValueError(f"tokens are {type(tokens).__name__} {(*getattr(tokens, 'shape', ()),)}; "
-                         f"expected a torch tensor (N,), longer than a block of {block_size}")
+                         "expected a torch tensor of whole numbers, (N,), longer than a block of "
+                         f"{block_size}")
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     start = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
     start = start.to(tokens.device, non_blocking=True)

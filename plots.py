@@ -11,12 +11,15 @@ they are true of every run. The figures of studies are in notebooks/lab/figures.
 
 import argparse
 import json
+import os
 import re
 import sys
 import textwrap
 import zipfile
 from pathlib import Path
 
+if "ipykernel" not in sys.modules and "inline" in os.environ.get("MPLBACKEND", ""):
+    os.environ["MPLBACKEND"] = "Agg"  # a notebook's cell that starts a program hands its own on
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -43,10 +46,8 @@ LABELS = {"before": "full precision, before", "untrained": "ternarized, not trai
 # Everything else gets the k-th of these 49 looks.
 COLORS = (BLUE, RED, GREEN, ORANGE, PINK, SKY, BLACK)
 DASHES = ("-", "--", "-.", ":", (0, (7, 2, 1, 2, 1, 2)), (0, (9, 3)), (0, (3, 1)))
-LOOKS = []
-for k in range(49):
-    j = (k + k // 7) % 7
-    LOOKS.append({"color": COLORS[k % 7], "linestyle": DASHES[j], "marker": "osD^vPX"[j]})
+LOOKS = [{"color": COLORS[k % 7], "linestyle": DASHES[(k + k // 7) % 7],
+          "marker": "osD^vPX"[(k + k // 7) % 7]} for k in range(49)]
 
 
 def label(row):
@@ -322,8 +323,7 @@ def along(snapshots, rows, key):
     """{row: (steps (moments,), values (seeds, moments, ...))}, of those that were watched."""
     found = {}
     for row in rows:
-        seeds = [arrays for (name, _), arrays in snapshots.items() if name == row]
-        if seeds:
+        if seeds := [arrays for (name, _), arrays in snapshots.items() if name == row]:
             found[row] = seeds[0]["step"], np.array([arrays[key] for arrays in seeds])
     if not found:
         raise ValueError(f"this run watched none of {', '.join(rows)}; python train_tiny.py does")
@@ -677,7 +677,6 @@ def overview(folder):
 # -- command line ----------------------------------------------------------------------------------
 
 RUN = "a run"
-of_run = lambda draw: lambda run: draw(read_results(run))
 FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it needs)
     "staircase": (lambda run: staircase(), "Q and H over the weight, and their slopes", ""),
     "pi_curves": (lambda run: pi_curves(), "the shares of the codes at three temperatures", ""),
@@ -685,7 +684,7 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "lemma_4_2": (lambda run: lemma_4_2(), "the Jacobian becomes two spikes of area gamma", ""),
     "mse_against_tau": (lambda run: mse_against_tau(), "which tau keeps H closest to W", ""),
     "alpha_rho_kappa": (lambda run: alpha_rho_kappa(), "what the three settings do", ""),
-    "schedules": (of_run(lambda r: schedules(**guidance(r))), "pressure and temperatures", RUN),
+    "schedules": (lambda run: schedules(**guidance(read_results(run))), "pressure and tau", RUN),
     "loss_curves": (lambda run: loss_curves(read_log(run)), "loss above full precision", RUN),
     "felt_curves": (felt_curves, "the share of updates that the forward pass feels", RUN),
     "histograms": (histograms, "weights before and after, STE beside HESTIA", RUN),

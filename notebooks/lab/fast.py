@@ -171,7 +171,7 @@ class Hestia(hestia.Hestia):
             for w, weight, row, new in zip(latents, weights, W, W_eff.chunk(len(names))):
                 w.data = row.view_as(w)  # side by side from now on: the next stack is no copy
                 weight.data, weight.grad = new.view_as(weight), None
-        self.begun = True
+        self.begun = t + 1
         self.shown = self._look({})
 
     @torch.no_grad()

@@ -367,7 +367,7 @@ hestia.METHODS.update({
     "dsq": Method("DSQ", relax_dsq, hard_absmean),
     "daq": Method("DAQ", relax_daq, hard_absmean),
     "absmean-wide": Method("AbsMean STE, 1.5 gamma", hestia.relax_ste, hard_wide),
-    "hestia-wide": Method("HESTIA, alpha = 0, 1.5 gamma", hestia.relax_hestia, hard_wide, soft=True),
+    "hestia-wide": Method("HESTIA, alpha = 0, 1.5 gamma", hestia.relax_hestia, hard_wide, True),
     "leak": Method("HESTIA, alpha = 0, leak", relax_leak, hard_absmean, soft=True),
     "leak-wide": Method("HESTIA, alpha = 0, leak, 1.5 gamma", relax_leak, hard_wide, soft=True),
     "stochastic": Method("stochastic rounding", relax_stochastic, hard_absmean),

@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,3 +148,15 @@ def test_what_the_command_lacks_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "pictures").exists()
     assert plots.main(["staircase", "--save", "pictures"]) == 0
     assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["staircase.png"]
+
+
+@pytest.mark.parametrize("inherited", [
+    "module://matplotlib_inline.backend_inline", "module://ipykernel.pylab.backend_inline"])
+def test_a_program_started_in_a_notebooks_cell_draws_files(inherited, tmp_path):
+    """Neither module need be there: a notebook runs in another environment."""
+    code = ("import sys; sys.modules['matplotlib_inline'] = None; import plots\n"
+            "sys.exit(plots.main(sys.argv[1:]))")
+    done = subprocess.run([sys.executable, "-c", code, "staircase", "--save", tmp_path], text=True,
+                          cwd=Path(plots.__file__).parent, capture_output=True,
+                          env={**os.environ, "MPLBACKEND": inherited, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and (tmp_path / "staircase.png").exists(), done.stderr
