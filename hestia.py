@@ -34,8 +34,7 @@ in, tau falls to zero, and it hardens into rounding, later where the Hessian's t
     21-27  Lemma 4.1's proof    test_hestia.py: test_appendix_A1_equations_21_to_27
     28-36  Lemma 4.2's proof    test_hestia.py: test_appendix_A2_equations_28_to_36
 
-    Algorithm 1, line 1         hessian_traces, sensitivity_scores
-    Algorithm 1, lines 2-3      train, batch_at
+    Algorithm 1, lines 1-3      hessian_traces, sensitivity_scores, train, batch_at
     Algorithm 1, lines 4-10     Hestia.relax, Hestia.step_of, Hestia.effective
     Algorithm 1, lines 11-12    Hestia.pull_back, update, train
     Algorithm 1, line 13        Hestia.harden
@@ -606,8 +605,7 @@ class Hestia:
                          for name, p in model.named_parameters()
                          if p.dim() > 1 and id(p) not in quantized}
         self.graphs = {}  # {layer's name: W_eff with its graph to W}, from relax to pull_back
-        # for _look, _check_loop and _check_stepped; begun: the last step of relax, from 1 on
-        self.first, self.pulled, self.begun, self.last = self._sums(), 0, 0, 0
+        self.first, self.pulled, self.begun, self.last = self._sums(), 0, 0, 0  # begun: t + 1
         self.shown = self._look({})
 
     def _check_settings(self, tau_init):
@@ -766,24 +764,27 @@ class LlamaConfig:
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
     head_dim: int | None = None
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 500000.0
+    rms_norm_eps: float | int = 1e-5
+    rope_theta: float | int = 500000.0
     rope_scaling: dict | None = None
     tie_word_embeddings: bool = True
     attention_bias: bool = False
     mlp_bias: bool = False
 
     def __post_init__(self):
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
+        above_0 = lambda x: type(x) in (int, float) and 0 < x < 2**31
         for f in fields(self):
-            if f.type not in (bool, dict | None) and not 0 < getattr(self, f.name) < 2**31:
-                raise ValueError(f"{f.name} is {getattr(self, f.name)}; expected more than 0")
+            if f.name == "head_dim" and self.head_dim is None:
+                self.head_dim = self.hidden_size // self.num_attention_heads
+            x, number = getattr(self, f.name), f.type not in (bool, dict | None)
+            if not isinstance(x, f.type) or (number and not above_0(x)):
+                raise ValueError(f"{f.name} is {x!r}; expected {f.default!r} or the like")
         if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
             raise ValueError("num_attention_heads must be a multiple of num_key_value_heads, and "
                              f"head_dim even; they are {self}")
         r = self.rope_scaling or LLAMA3
-        if r.get("rope_type") != "llama3" or not all(r.get(k, 0) > 0 for k in [*LLAMA3][1:]):
+        known = r.get("rope_type") == "llama3" and all(above_0(r.get(k)) for k in [*LLAMA3][1:])
+        if not known or r["low_freq_factor"] >= r["high_freq_factor"]:
             raise ValueError(f"rope_scaling is {r}; expected none, or one such as {LLAMA3}")
 
 def rope_frequencies(config, device=None):
@@ -887,6 +888,8 @@ class Llama(nn.Module):
 def _llama_config(folder):
     """The LlamaConfig of a Hugging Face folder, and its config.json as it stands there."""
     lab = f"python -m notebooks.lab.checkpoints {folder} NEW_FOLDER"
+    if odd := [file.name for file in folder.glob("*.[js]*") if not file.is_file()]:
+        raise ValueError(f"{folder}: {odd[0]} is a folder, a pipe or a link to nothing, not a file")
     if (folder / "params.json").exists() and not (folder / "config.json").exists():
         raise ValueError(f"{folder} is in Meta's format, which this converts: {lab}")
     raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -899,13 +902,13 @@ def _llama_config(folder):
     found = {"num_key_value_heads": raw.get("num_attention_heads"), "rms_norm_eps": 1e-6,
              "rope_theta": 10000.0, "tie_word_embeddings": False}
     found |= {key: value for key, value in raw.items() if value is not None}
-    # RoPE in the newer spelling, or in the older one
-    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    # RoPE in the older spelling, or in the newer one: transformers, too, asks in this order
+    rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
+    rope |= {k: raw[k] for k in ["original_max_position_embeddings"] if k in raw}
     found["rope_theta"] = rope.pop("rope_theta", found["rope_theta"])
     rope.setdefault("rope_type", rope.pop("type", "default"))
     found["rope_scaling"] = None if rope["rope_type"] == "default" else rope
-    names = {f.name for f in fields(LlamaConfig)}
-    return LlamaConfig(**{name: found[name] for name in names & found.keys()}), raw
+    return LlamaConfig(**{k: found[k] for k in found.keys() & LlamaConfig.__annotations__}), raw
 
 def load_llama(path, dtype=None, device="cpu"):
     """Section 5.1: a Llama from a Hugging Face folder, config.json and safetensors files.
@@ -922,10 +925,10 @@ def load_llama(path, dtype=None, device="cpu"):
         files = sorted({Path(file).name for file in weight_map.values()})
     for file in files:
         with safe_open(folder / file, "pt") as opened:  # mapped into memory, not read
-            tensors |= {name: opened.get_tensor(name) for name in opened.keys()  # noqa: SIM118
-                        if not name.endswith("rotary_emb.inv_freq")}
-    if not all(t.is_floating_point() for t in tensors.values()):
-        raise ValueError(f"{folder} has tensors of whole numbers; expected floating-point ones")
+            tensors |= {name + " again" * (name in tensors): opened.get_tensor(name)
+                        for name in [*opened.keys()] if not name.endswith("rotary_emb.inv_freq")}
+    if not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
+        raise ValueError(f"{folder} has tensors of whole numbers, NaN or infinity; expected others")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"{folder} has {len(layers)} layers and says {config.num_hidden_layers}")
@@ -973,9 +976,9 @@ def save_llama(model, path):
         made.mkdir()
         kept = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "generation_")
         for file in source.iterdir() if source else ():
-            if file.name.startswith(kept):
+            if file.name.startswith(kept) and file.is_file():
                 shutil.copy(file, made)
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
         written = dict(load_llama(made, torch.float32).named_parameters())
         for name, p in model.named_parameters():
@@ -1017,8 +1020,7 @@ def batch_at(tokens, step, batch_size, block_size, seed):
     whole = torch.is_tensor(tokens) and not tokens.is_floating_point()
     if not whole or tokens.dim() != 1 or len(tokens) <= block_size:
         raise ValueError(f"tokens are {type(tokens).__name__} {(*getattr(tokens, 'shape', ()),)}; "
-                         "expected a torch tensor of whole numbers, (N,), longer than a block of "
-                         f"{block_size}")
+                         f"expected a torch tensor of more than {block_size} whole numbers, (N,)")
     generator = torch.Generator().manual_seed(1_000_003 * seed + step)
     start = torch.randint(len(tokens) - block_size, (batch_size, 1), generator=generator)
     start = start.to(tokens.device, non_blocking=True)
@@ -1088,10 +1090,9 @@ def train(model, tokens, *, steps, batch_size, block_size, lr, qat=None, micro_b
     """Algorithm 1, lines 2 to 12, and what is around them. Returns the log, a list of records.
 
     model(x, y) -> mean loss, such as a Llama's. tokens: (N,). qat: a Hestia around this model for
-    the same steps, or None for plain training. batch_size: sequences per step. clip: bound of the
-    gradient norm, with dL/dW_eff in it. on_step(t, record or None): called after each step, to
-    print, evaluate, save or stop. start, optimizer, backward and update are where notebooks/lab
-    puts in resuming, other optimizers, several GPUs, a teacher, a step that does not wait.
+    the same steps, or None. batch_size: sequences per step. clip: bound of the gradient norm, with
+    dL/dW_eff in it. on_step(t, record or None): called after each step, to print, save or stop.
+    start, optimizer, backward and update: where notebooks/lab puts in resuming, GPUs, a teacher.
     """
     if qat and qat.total_steps != steps:
         raise ValueError(f"{steps} steps, and schedules for {qat.total_steps}; make them equal")

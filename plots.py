@@ -18,7 +18,7 @@ import textwrap
 import zipfile
 from pathlib import Path
 
-if "ipykernel" not in sys.modules and "inline" in os.environ.get("MPLBACKEND", ""):
+if "ipykernel" not in sys.modules and "module:" in os.environ.get("MPLBACKEND", ""):
     os.environ["MPLBACKEND"] = "Agg"  # a notebook's cell that starts a program hands its own on
 import matplotlib.pyplot as plt
 import numpy as np
@@ -209,7 +209,7 @@ def write(path, save):
 
 
 def write_json(path, what):
-    write(path, lambda half: half.write_text(json.dumps(what, indent=1, allow_nan=False) + "\n"))
+    write(path, lambda half: half.write_text(json.dumps(what, indent=1, allow_nan=False), "utf-8"))
 
 
 def run_file(folder, row, seed, ending):
@@ -284,7 +284,7 @@ def read(path, decode):
 def read_results(path):
     """A results.json, given as itself or as the folder of its run."""
     path = Path(path) if Path(path).suffix == ".json" else Path(path) / "results.json"
-    results = read(path, lambda path: json.loads(path.read_text()))
+    results = read(path, lambda path: json.loads(path.read_text("utf-8")))
     if not isinstance(results, dict) or not {"config", "table", "per_seed"} <= results.keys():
         raise ValueError(f"{path} holds no results of a run; make it with python train_tiny.py")
     return results
@@ -308,7 +308,7 @@ def read_snapshots(folder):
 
 def read_log(folder):
     """{(row, seed): [records]}"""
-    return read_runs(folder, "json", lambda path: json.loads(path.read_text())["log"])
+    return read_runs(folder, "json", lambda path: json.loads(path.read_text("utf-8"))["log"])
 
 
 def by_seed(runs, row, key):
@@ -746,4 +746,5 @@ def main(arguments=None, figures=FIGURES, program="plots.py"):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     sys.exit(main())

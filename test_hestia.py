@@ -1318,7 +1318,7 @@ CONFIGS = {  # what was changed in config.json
     "this unpacks: python -m notebooks.lab.checkpoints": {"quantization_config": {"bits": 4}},
     "rope_scaling is {'rope_type': 'yarn'}": {"rope_scaling": {"type": "yarn"}},
     "rope_scaling is {'rope_type': 'llama3'": {"rope_scaling": {**h.LLAMA3, "factor": 0}},
-    "hidden_size is 0; expected more than 0": {"hidden_size": 0},
+    "hidden_size is 0; expected 2048 or the like": {"hidden_size": 0},
     "rms_norm_eps is nan": {"rms_norm_eps": math.nan},
     "and head_dim even; they are .*head_dim=7": {"head_dim": 7},
     "must be a multiple of .*num_key_value_heads=3": {"num_key_value_heads": 3},

@@ -309,7 +309,7 @@ def begin(config, tokens, seed, folder):
         run_file(folder, "pretrain", seed, "state").unlink(missing_ok=True)
     path = run_file(folder, "start", seed, "json")
     if path.exists():
-        return model, json.loads(path.read_text())
+        return model, json.loads(path.read_text("utf-8"))
     entry = {"before": losses(config, model, tokens), "sensitivities": {"tensors": {}}}
     qat, _ = make(config, "absmean", copy.deepcopy(model), None)
     with qat.hard():
@@ -324,7 +324,7 @@ def run_row(config, name, model, entry, tokens, seed, folder, row=None):
     """A line of the table: a copy of the model is trained, hardened, saved and measured, once."""
     path = run_file(folder, name, seed, "json")
     if path.exists():
-        return json.loads(path.read_text())["row"]
+        return json.loads(path.read_text("utf-8"))["row"]
     print(f"[seed {seed}] {label(name)}, {config.steps} steps", flush=True)
     torch.manual_seed(seed)  # for rows that draw random numbers
     model = copy.deepcopy(model)
@@ -369,7 +369,7 @@ def open_folder(config, facts):
     folder = Path(config.out)
     if not config.resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise ValueError(f"--out {folder} is not an empty folder; name another, or use --resume")
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    (folder / "runs").mkdir(parents=True, exist_ok=config.resume)
     write_json(folder / "config.json", about)
     return folder, about
 

@@ -85,7 +85,7 @@ def main(arguments=None):
         work(args)
         return 0
     out, failed = Path(args.out), 0
-    rows = json.loads(out.read_text()) if out.exists() else []
+    rows = json.loads(out.read_text("utf-8")) if out.exists() else []
     first = 1 + max((row["round"] for row in rows), default=-1)
     for turn in range(first, first + args.rounds):
         for mode in args.modes:
@@ -102,7 +102,7 @@ def main(arguments=None):
                 print(f"bench: {mode} failed: {why}", file=sys.stderr, flush=True)
             rows += found
             whole = out.with_suffix(".tmp")  # out is never half written
-            whole.write_text(json.dumps(rows, indent=1) + "\n")
+            whole.write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
             os.replace(whole, out)
     from notebooks.lab import tables  # draws on matplotlib, which a worker does not need
 
@@ -327,4 +327,5 @@ def products(qat, device):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     sys.exit(main())

@@ -18,13 +18,125 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
+import textwrap
+import zipfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import hestia
+
+# --------------------------------------------------------------------------------------------------
+# what may be in a folder, and in a file
+
+WITH_TRANSFORMERS = """this makes them: python -c "import transformers as t; \
+a, b = '{}', 'NEW_FOLDER'; t.AutoModelForCausalLM.from_pretrained(a).save_pretrained(b); \
+t.AutoTokenizer.from_pretrained(a).save_pretrained(b)\""""
+
+
+@contextmanager
+def one_sentence(folder):
+    """ValueError in one line, which begins with the folder, for all that its readers may raise."""
+    try:
+        yield
+    except ImportError:
+        raise
+    except Exception as error:  # a damaged file breaks its reader in many ways
+        reason = textwrap.shorten(str(error), 500, placeholder=" ...")
+        if type(error) is not ValueError:
+            reason = (f"{folder} is damaged, or holds no Llama ({type(error).__name__}: {reason}); "
+                      "copy or download it again")
+        elif not reason.startswith(str(folder)):
+            reason = f"{folder}: {reason}"
+        raise ValueError(reason) from None
+
+
+def check_folder(folder, weights=True):
+    """ValueError, one sentence, where no Llama can be: what is there, and what to do about it.
+
+    weights=False: a config.json is enough.
+    """
+    if not folder.is_dir():
+        found = "is no folder" if folder.exists() else "does not exist"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+            found += f" here; if it is on the Hugging Face Hub: hf download {folder} --local-dir X"
+        raise ValueError(f"{folder} {found}; expected a folder with config.json, model.safetensors")
+    there = {file.name for file in folder.iterdir()}
+    for name in sorted(there):
+        if name.endswith((".json", ".safetensors", ".pth")):
+            check_file(folder / name)
+    if not {"config.json", "params.json"} & there:
+        found = "holds no Llama" if there else "is empty"
+        if "snapshots" in there:
+            found = "is the Hub's cache of a model, which is in its snapshots/"
+        raise ValueError(f"{folder} {found}; expected a config.json or a params.json in it")
+    if weights and (lacking := _lacking(folder, there)):
+        again = f"copy or download {lacking} again"
+        if any(name.startswith("pytorch_model") for name in there):
+            again = f"of its pytorch_model.bin {WITH_TRANSFORMERS.format(folder)}"
+        raise ValueError(f"{folder} has no {lacking}; {again}")
+
+
+def _lacking(folder, there):
+    """The name of a file with weights that is not among those there, or None."""
+    index = "model.safetensors.index.json"
+    if "config.json" not in there:
+        files = {"consolidated.00.pth"}
+    elif index in there and "model.safetensors" not in there:
+        try:
+            files = {Path(file).name for file in read_json(folder / index)["weight_map"].values()}
+        except (LookupError, AttributeError, TypeError):
+            raise ValueError(f"{folder / index} has no weight_map with names of files; copy or "
+                             "download it again") from None
+    else:
+        files = {"model.safetensors"}
+    return min(files - there, default=None)
+
+
+def check_file(path):
+    """ValueError unless it is a regular file. A pipe is read once, and a device may never end."""
+    if not path.is_file():
+        found = "is a folder, a pipe or a device" if path.exists() else "does not exist"
+        raise ValueError(f"{path} {found}; expected a file, which can be read again")
+    with open(path, "rb") as file:
+        if file.read(23) == b"version https://git-lfs":
+            raise ValueError(f"{path} only says where its content is; get it by: git lfs pull")
+
+
+def read_json(path):
+    """The object in a file. ValueError where there is none."""
+    check_file(path)
+    try:
+        if path.stat().st_size > 2**26:
+            raise ValueError("it is larger than 64 MiB")
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(f"it is a {type(found).__name__}")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} holds no JSON object ({error}); copy or download it again"
+                         ) from None
+    return found
+
+
+def check_zip(path):
+    """ValueError unless a file of torch.save is whole, which torch.load does not find out.
+
+    Returns how many bytes of tensors it holds.
+    """
+    with zipfile.ZipFile(path) as file:
+        records = file.infolist()
+        if len({r.filename for r in records}) < len(records):
+            raise ValueError("a record is there twice")
+        if any(r.compress_type or r.file_size != r.compress_size for r in records):
+            raise ValueError("it is compressed, as torch.save does not do it")
+        if file.testzip():
+            raise ValueError("its checksums are wrong")
+    return sum(r.file_size for r in records if "/data/" in r.filename)
+
 
 # --------------------------------------------------------------------------------------------------
 # packed: two bits per weight
@@ -56,9 +168,15 @@ def pack_ternary(w, group_size):
 
 
 def unpack_ternary(codes, gamma, width):
-    """The weights (out, width) from what pack_ternary returned, exactly, in gamma's dtype."""
+    """The weights (out, width) from what pack_ternary returned, exactly, in gamma's dtype.
+
+    ValueError where it cannot have returned these.
+    """
     t = (codes.unsqueeze(-1) >> torch.arange(0, 32, 2, device=codes.device)) & 3
     t = t.flatten(1)[:, :width].reshape(*gamma.shape, -1) - 2  # (out, groups, g)
+    if (t < -1).any() or not (gamma >= 0).all() or gamma.isinf().any():
+        raise ValueError("codes of -2, or scales that are negative or not finite; expected codes "
+                         "-1, 0, +1 and scales of 0 or more")
     return (gamma.unsqueeze(-1) * t.to(gamma.dtype)).view(len(codes), width)
 
 
@@ -90,9 +208,9 @@ def save_packed(model, path, group_size=128):
         plain = hestia.save_llama(model, Path(aside) / "plain")
         made = Path(aside) / path.name
         shutil.copytree(plain, made, ignore=shutil.ignore_patterns("*.safetensors"))
-        config = json.loads((plain / "config.json").read_text())
+        config = read_json(plain / "config.json")
         config["quantization_config"] = _quantization(group_size)
-        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = load_file(plain / "model.safetensors")
         for name in hestia.linear_layers(model):
             del tensors[name + ".weight"]
@@ -132,6 +250,8 @@ def _read_packed(folder, raw):
     if not known:
         raise ValueError(f"{folder} is quantized otherwise than by save_packed; expected "
                          "pack-quantized weights of 2 bits, symmetric, with one group size")
+    if not (folder / "model.safetensors").exists():
+        raise ValueError(f"{folder} is packed in several files; expected one model.safetensors")
     tensors = load_file(folder / "model.safetensors")
     for name in [n.removesuffix("_packed") for n in tensors if n.endswith(".weight_packed")]:
         codes = tensors.pop(name + "_packed")
@@ -139,7 +259,12 @@ def _read_packed(folder, raw):
         if not _fits(codes, gamma, shape, group_size):
             raise ValueError(f"{folder} packs {name} into codes, scales and a shape that do not "
                              f"fit each other and groups of {group_size or 'a row'}")
-        tensors[name] = unpack_ternary(codes, gamma, int(shape[1]))
+        if name in tensors:
+            raise ValueError(f"{folder} has {name} beside {name}_packed; expected one of them")
+        try:
+            tensors[name] = unpack_ternary(codes, gamma, int(shape[1]))
+        except ValueError as error:
+            raise ValueError(f"{folder} packs {name} into {error}") from None
     return {key: raw[key] for key in raw if key != "quantization_config"}, tensors
 
 
@@ -167,47 +292,74 @@ META_NAMES = {
 }
 
 
+# That RoPE is scaled is all that params.json says of it. {(width, tied head): factor} of Llama 3.2,
+# 3.1 and 3.3
+ROPE_FACTORS = {(2048, True): 32.0, (3072, True): 32.0, (4096, False): 8.0, (8192, False): 8.0,
+                (16384, False): 8.0}
+
+
 def _read_meta(folder):
     """(config.json, {name: tensor}) of the plain folder that one in Meta's format stands for."""
     file = folder / "consolidated.00.pth"
-    params = json.loads((folder / "params.json").read_text(encoding="utf-8"))
+    params, tensors = read_json(folder / "params.json"), {}
     if (folder / "consolidated.01.pth").exists():
         raise ValueError(f"{folder} is split for several GPUs; expected one consolidated.00.pth")
     try:
+        stored_bytes = check_zip(file)
         stored = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        stored.pop("rope.freqs", None)
-        embedding = stored["tok_embeddings.weight"]
-        tied = torch.equal(stored.get("output.weight", embedding), embedding)
+        storages = {w.untyped_storage().data_ptr(): w.untyped_storage().nbytes()
+                    for w in stored.values()}
+        if sum(storages.values()) != stored_bytes:  # the first of two is lost
+            raise ValueError("a name is there twice")
+        if sum(w.nbytes for w in stored.values()) > 2 * stored_bytes:  # a tied head may be a copy
+            raise ValueError("its tensors are larger than the file")
+        for old, w in stored.items():
+            if old.endswith("rope.freqs"):  # computed anew
+                continue
+            name = re.sub("|".join(META_NAMES), lambda found: META_NAMES[found[0]], old)
+            if name.startswith("norm."):
+                name = "model." + name
+            if name in tensors:
+                raise ValueError(f"{old} is there under another name, too")
+            tensors[name] = w
+        embedding = tensors["model.embed_tokens.weight"]
+        tied = torch.equal(tensors["lm_head.weight"], embedding)
         heads, width = params["n_heads"], params["dim"]
         config = {
             "model_type": "llama", "vocab_size": len(embedding), "hidden_size": width,
-            "intermediate_size": len(stored["layers.0.feed_forward.w1.weight"]),
+            "intermediate_size": len(tensors["model.layers.0.mlp.gate_proj.weight"]),
             "num_hidden_layers": params["n_layers"], "num_attention_heads": heads,
             "num_key_value_heads": params.get("n_kv_heads") or heads, "head_dim": width // heads,
             "rms_norm_eps": params.get("norm_eps", 1e-5),
             "rope_theta": params.get("rope_theta", 10000.0), "tie_word_embeddings": tied,
         }
-        tensors = {}
-        for old, w in stored.items():
-            name = re.sub("|".join(META_NAMES), lambda found: META_NAMES[found[0]], old)
-            if name.startswith("norm."):
-                name = "model." + name
+        if tied:
+            del tensors["lm_head.weight"]
+        for name, w in tensors.items():
             if "q_proj" in name or "k_proj" in name:
                 # Meta turns neighbouring rows of a head, Hugging Face rows half a head apart
                 pairs = w.view(-1, width // heads // 2, 2, width)
                 w = pairs.transpose(1, 2).reshape(w.shape)
-            if name != "lm_head.weight" or not tied:
-                tensors[name] = w.contiguous()
+            tensors[name] = w.contiguous()
     except Exception as error:  # a damaged file breaks its reader in many ways
         # the first sentence. In later ones torch advises to execute the file
-        reason = f"{type(error).__name__} {error}".split(". ")[0]
-        raise ValueError(f"{folder} holds no Llama in Meta's format: {reason}") from None
-    if params.get("use_scaled_rope"):
-        # the file rarely says more than this. The rest is Llama-3.2's
-        scaling = config["rope_scaling"] = dict(hestia.LLAMA3)
-        scaling["factor"] = params.get("rope_scaling_factor", scaling["factor"])
-        high = params.get("rope_high_freq_factor", scaling["high_freq_factor"])
-        scaling["high_freq_factor"] = high
+        kind = "" if type(error) is ValueError else type(error).__name__ + " "
+        reason = f"{kind}{error}".split(". ")[0]
+        raise ValueError(f"{folder} holds no Llama in Meta's format: {reason}; copy or download it "
+                         "again") from None
+    scaled, factor = params.get("use_scaled_rope", False), params.get("rope_scaling_factor")
+    if not isinstance(scaled, bool):
+        raise ValueError(f"{folder}: use_scaled_rope is {scaled!r}; expected true or false")
+    if scaled:
+        factor = ROPE_FACTORS.get((width, tied)) if factor is None else factor
+        if factor is None:
+            raise ValueError(
+                f"{folder} has scaled RoPE without a factor, and no known Llama has width {width} "
+                f"and {'a' if tied else 'no'} tied head; add it to params.json: "
+                '"rope_scaling_factor": 32.0 as in Llama 3.2, or 8.0 as in Llama 3.1 and 3.3')
+        config["rope_scaling"] = {**hestia.LLAMA3, "factor": factor}
+        if params.get("rope_high_freq_factor") is not None:
+            config["rope_scaling"]["high_freq_factor"] = params["rope_high_freq_factor"]
         config |= {"max_position_embeddings": 131072, "bos_token_id": 128000,
                    "eos_token_id": 128001}
     return config, tensors
@@ -222,22 +374,26 @@ def load(path, dtype=None, device="cpu"):
 
     What is not plain is written as a plain folder to the system's temporary folder, and is loaded
     from there by hestia.load_llama. dtype, device and model.origin are as there. ValueError says
-    what does not fit.
+    in one sentence what does not fit.
     """
     folder = Path(path)
+    with one_sentence(folder):
+        check_folder(folder)
+        return _load(folder, dtype, device)
+
+
+def _load(folder, dtype, device):
     if (folder / "config.json").exists():
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = read_json(folder / "config.json")
         if not raw.get("quantization_config"):
             return hestia.load_llama(folder, dtype, device)
         config, tensors = _read_packed(folder, raw)
-    elif (folder / "params.json").exists():
-        config, tensors = _read_meta(folder)
     else:
-        raise ValueError(f"{folder} holds no Llama; expected a config.json or a params.json in it")
+        config, tensors = _read_meta(folder)
     from safetensors.torch import save_file
 
     with tempfile.TemporaryDirectory() as aside:
-        (Path(aside) / "config.json").write_text(json.dumps(config))
+        (Path(aside) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, Path(aside) / "model.safetensors")
         del tensors
         try:
@@ -253,29 +409,26 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m notebooks.lab.checkpoints", epilog=rest,
                                      description=description,
                                      formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", help="a folder with a Llama")
-    parser.add_argument("target", metavar="TARGET", help="the folder to make")
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="a folder with a Llama")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to make")
     parser.add_argument("--packed", action="store_true", help="two bits per ternary weight")
     parser.add_argument("--group-size", type=int, default=128, metavar="G", help="with --packed: "
                         "weights that share a scale; 0: a scale per row (default: 128)")
     options = parser.parse_args(arguments)
     try:
         model = load(options.source)
+    except (ValueError, ImportError) as error:
+        parser.exit(2, f"{error}\n")
+    try:
         if options.packed:
             save_packed(model, options.target, options.group_size or None)
         else:
             hestia.save_llama(model, options.target)
-    except Exception as error:  # a damaged file breaks its reader in many ways
-        reason = " ".join(str(error).split())
-        if options.source not in reason and options.target not in reason:
-            kind = "" if type(error) is ValueError else type(error).__name__ + " "
-            reason = f"{options.source}: {kind}{reason}"
-        parser.exit(2, f"{reason}\n")
-    if model.config.rope_scaling and not (Path(options.source) / "config.json").exists():
-        print(f"RoPE factor {model.config.rope_scaling['factor']:g}; Llama-3.2 has 32, Llama-3.1 "
-              "8. params.json may say: \"rope_scaling_factor\"")
+    except Exception as error:  # what a full disk may raise, too
+        parser.exit(2, f"{options.target} was not made: {textwrap.shorten(str(error), 500)}\n")
     print(f"{options.target}: {sum(p.numel() for p in model.parameters()):,} weights")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     main()

@@ -19,6 +19,7 @@ import itertools
 import json
 import os
 import platform
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -476,7 +477,7 @@ def save(result, name):
     """Write a file of notebooks/results, whole or not at all. Returns its path."""
     RESULTS.mkdir(exist_ok=True)
     aside = RESULTS / (name + ".tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
+    aside.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     os.replace(aside, RESULTS / name)
     return RESULTS / name
 
@@ -504,4 +505,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     main()

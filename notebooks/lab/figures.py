@@ -34,7 +34,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 def read_study(name):
     """A file of notebooks/results, or a sentence that says where its command is."""
     try:
-        return json.loads((RESULTS / name).read_text())
+        return json.loads((RESULTS / name).read_text("utf-8"))
     except (OSError, ValueError):
         raise ValueError(f"there is no readable notebooks/results/{name}; the command that makes "
                          "it is in notebooks/lab/RESULTS.md") from None
@@ -650,4 +650,5 @@ for setting in (*SETTINGS, "bits"):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     sys.exit(plots.main(None, FIGURES, "python -m notebooks.lab.figures"))

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import functools
 import json
+import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -42,6 +44,8 @@ def check(config):
     for name in config.methods if config.packed else ():
         if name != "full":
             check_packed(config, name)
+    if config.llama:
+        load_once(config.llama)  # now, not after a long text was tokenized
 
 
 def check_packed(config, name):
@@ -64,14 +68,9 @@ def check_packed(config, name):
 
 @functools.lru_cache(1)
 def load_once(folder):
-    try:
+    with checkpoints.one_sentence(Path(folder)):
+        checkpoints.check_folder(Path(folder))
         return hestia.load_llama(folder, torch.float32)
-    except ImportError:
-        raise
-    except Exception as error:  # whatever a damaged folder makes of those that read it
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"--llama {folder} cannot be loaded ({why}); expected a Hugging Face "
-                         "folder of a Llama") from None
 
 
 def llama(config):
@@ -96,7 +95,7 @@ def check_resume(config, about):
         raise ValueError("--resume needs --out; expected the folder of the interrupted run")
     folder, now = Path(config.out), json.loads(json.dumps(about))
     try:
-        then = json.loads((folder / "config.json").read_text())
+        then = checkpoints.read_json(folder / "config.json")
         settings, text = dict(then["config"]), then["data"]["sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         raise ValueError(f"--resume: {folder} has no readable config.json; expected the folder of "
@@ -107,34 +106,83 @@ def check_resume(config, about):
                              f"{folder} and is {value} now; give the same settings")
     if text != now["data"]["sha256"]:
         raise ValueError(f"--resume: the text is not the one of {folder}; give the same")
-    readers = {".json": read_kept, ".npz": read_npz, ".pt": train_tiny.load_checkpoint}
+    own(folder)
+    readers = {".json": read_kept, ".npz": read_npz, ".pt": read_model}
     for path in sorted([*folder.glob("runs/*"), *folder.glob("*.pt")]):
-        if path.suffix in readers and not path.name.startswith("half-"):  # as train_tiny.write has
+        if path.suffix in readers and not path.name.startswith("half-"):  # as plots.write has
             try:
-                readers[path.suffix](path)
+                checkpoints.check_file(path)
+                is_row = readers[path.suffix](path)
             except Exception:  # whatever a damaged file may raise
                 raise ValueError(f"{path} is damaged; remove what bears its name and seed, in "
                                  f"{folder} and in its runs/, to have it made anew") from None
+            beside = [path.with_suffix(".npz"), folder / f"{path.stem}.pt"] if is_row else []
+            for other in beside[: 1 if config.llama else 2]:
+                if not other.exists():
+                    raise ValueError(f"{other} is gone; remove {path} to have both made anew")
+
+
+HELD = []  # the descriptor of the folder that this process owns
+
+
+def own(folder):
+    """Keep other runs out of a folder while this process lives. ValueError: one is in it."""
+    while HELD:
+        os.close(HELD.pop())
+    try:
+        import fcntl
+    except ImportError:  # Windows has other locks
+        return
+    HELD.append(os.open(folder, os.O_RDONLY))
+    try:
+        fcntl.flock(HELD[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is at work in {folder}; wait for its end, or name another "
+                         "--out") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def read_kept(path):
-    """What train_tiny.py keeps of a finished row, of the pretraining, or of a seed's start."""
-    kept = json.loads(path.read_text())
-    if "-at-" in path.name:  # a study's loss at one rate
-        return
-    whole = kept.keys() >= {"log"} and isinstance(kept["log"], list)
+    """Whether it is a finished row, and not the pretraining, a seed's start or a study's try.
+
+    An exception says that the file is not as train_tiny.py left it.
+    """
+    kept = json.loads(path.read_text(encoding="utf-8"), parse_constant=int)  # int refuses NaN
+    if "-at-" in path.name:
+        if kept is not None:
+            check_numbers({"loss": kept})
+        return False
     if path.name.startswith("start-"):
-        whole = kept.keys() >= {"before", "untrained", "sensitivities"}
-    elif not path.name.startswith("pretrain-"):
-        whole = whole and {"seconds", "train", "val"} <= kept["row"].keys()
-        whole = whole and all(isinstance(x, int | float) for x in kept["row"].values())
-    if not whole:
-        raise ValueError("it lacks what a run leaves there")
+        check_numbers(kept["before"], "train")  # a study's seed for trying rates has no "val"
+        check_numbers(kept["untrained"], "train")
+        for trace in kept["sensitivities"]["tensors"].values():
+            check_numbers({**trace, "flagged": 0}, "value", "stderr", "score")
+        return False
+    for record in [*kept["log"]]:
+        check_numbers(record, "step", "loss", "grad_norm", "seconds")
+    if path.name.startswith("pretrain-"):
+        return False
+    check_numbers(kept["row"], "seconds", "train", "val")
+    return bool(kept["log"][-1])
+
+
+def check_numbers(found, *keys):
+    if not found.keys() >= {*keys} or any(type(x) is bool or not math.isfinite(x)
+                                          for x in found.values()):
+        raise ValueError("a number is missing")
 
 
 def read_npz(path):
-    with np.load(path) as arrays:
-        return dict(arrays)
+    with np.load(path) as arrays:  # it looks at checksums
+        found = dict(arrays)
+    for key in ("tensors", "step", "hist", "dead", "felt", "grad_norm", "grad_norm_latent"):
+        len(found[key])
+
+
+def read_model(path):
+    checkpoints.check_zip(path)
+    train_tiny.load_checkpoint(path)
 
 
 def explain(error, program, config):
@@ -144,11 +192,13 @@ def explain(error, program, config):
         code, why = 130, "interrupted before anything was written"
         if config.out:
             why = f"interrupted; to go on, say the same with --resume --out {config.out}"
+    elif isinstance(error, FileExistsError) and error.filename:
+        why = f"{error.filename} was made by another run just now; name another --out"
     elif isinstance(error, OSError) and error.filename:
         why = f"{error.filename} cannot be used: {error.strerror}"
     elif isinstance(error, RuntimeError | MemoryError):
         code, why = 1, f"the run failed: {error}"
     elif not isinstance(error, ValueError | OSError | ImportError):
         raise error
-    print(f"{program}: {why}", file=sys.stderr)
+    print(f"{program}: {' '.join(why.split())}", file=sys.stderr)
     return code

@@ -98,8 +98,8 @@ def one_of_several(config):
         torch.cuda.set_device(config.device)
     patience = datetime.timedelta(hours=12)  # one may read a long text while the others wait
     screen = sys.stdout
-    with (tempfile.TemporaryDirectory() as aside, open(os.devnull, "w") as nowhere,
-          together(cuda, timeout=patience)):
+    with (tempfile.TemporaryDirectory() as aside,
+          open(os.devnull, "w", encoding="utf-8") as nowhere, together(cuda, timeout=patience)):
         if dist.get_rank() > 0:
             copy = Path(aside) / "run"
             if config.resume and config.out and Path(config.out).is_dir():

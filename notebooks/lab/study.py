@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -184,7 +185,8 @@ class Study:
 
     def tuning(self, name):
         """{rate: what `tune` left}"""
-        return {str(lr): json.loads(path.read_text()) for lr, path in self.tries(name).items()}
+        tries = self.tries(name).items()
+        return {str(lr): json.loads(path.read_text("utf-8")) for lr, path in tries}
 
     def begin(self, seed):
         tokens = self.tuning_tokens if seed == self.tuning_seed else self.tokens
@@ -246,17 +248,17 @@ class Study:
         names, per_seed = [name for name in self.config.methods if there(name)], []
         if not names:
             return
-        entries = [json.loads(self.path("start", seed).read_text()) for seed in self.seeds]
+        entries = [json.loads(self.path("start", seed).read_text("utf-8")) for seed in self.seeds]
         for seed, entry in zip(self.seeds, entries):
             rows = {"before": entry["before"], "untrained": entry["untrained"]}
             for name in names:
-                rows[name] = json.loads(self.path(name, seed).read_text())["row"]
+                rows[name] = json.loads(self.path(name, seed).read_text("utf-8"))["row"]
                 if name != "full":
                     rows[name]["bits"] = bits[name]
             per_seed.append(rows)
         tuned = names if self.config.lrs else ()
         about["tuning"] = {self.chooser(name): self.tuning(name) for name in tuned}
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        with contextlib.redirect_stdout(io.StringIO()):
             train_tiny.finish(about, entries, per_seed, self.folder)  # a shorter table
         tables.show(self.folder / "results.json")
 
@@ -273,7 +275,7 @@ def take(path, task):
     """Do a task unless a process has it. Returns whether it was done here."""
     lock = path.with_suffix(".lock")
     try:
-        with open(lock, "x") as file:  # one process alone can create it
+        with open(lock, "x", encoding="utf-8") as file:  # one process alone can create it
             file.write(f"process {os.getpid()} was ended")  # to be said if it was
     except FileExistsError:
         return False
@@ -281,7 +283,7 @@ def take(path, task):
         if not ended(path):
             task()
     except (RuntimeError, ValueError, OSError, MemoryError) as error:
-        path.with_suffix(".failed").write_text(str(error) or type(error).__name__)
+        path.with_suffix(".failed").write_text(str(error) or type(error).__name__, "utf-8")
     finally:
         lock.unlink()
     return True
@@ -311,7 +313,7 @@ def run_workers(count, arguments, config, paths):
         if config.device == "cuda":
             env["CUDA_VISIBLE_DEVICES"] = gpus[k % len(gpus)]
         command = [sys.executable, "-m", "notebooks.lab.study", *arguments, "--worker", str(k)]
-        with open(folder / f"worker{k}.log", "a") as log:
+        with open(folder / f"worker{k}.log", "a", encoding="utf-8") as log:
             children.append(subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=log,
                                              stderr=subprocess.STDOUT))
     done = 0
@@ -319,7 +321,7 @@ def run_workers(count, arguments, config, paths):
         while any([child.poll() is None for child in children]):
             for child in children:  # nobody waits for the task of one that was killed
                 for lock in folder.glob("runs/*.lock") if child.poll() else ():
-                    if lock.read_text() == f"process {child.pid} was ended":
+                    if lock.read_text("utf-8") == f"process {child.pid} was ended":
                         lock.rename(lock.with_suffix(".failed"))
             if (now := sum(map(ended, paths))) > done:
                 print(f"  {(done := now)} of {len(paths)} tasks ended", flush=True)
@@ -361,7 +363,7 @@ def run(arguments):
     missing = [path for tasks in stages for path in tasks if not path.exists()]
     for path in missing:
         failed = path.with_suffix(".failed")
-        why = failed.read_text() if failed.exists() else "no process was left to do it"
+        why = failed.read_text("utf-8") if failed.exists() else "no process was left to do it"
         print(f"{path.stem} failed: {why}", file=sys.stderr)
     return 1 if missing else 0
 
@@ -378,4 +380,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     sys.exit(main())

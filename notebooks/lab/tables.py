@@ -211,7 +211,7 @@ def print_cost(study):
 
 def show(path):
     """Print the tables of a file. ValueError or LookupError: it has none."""
-    found = json.loads(Path(path).read_text())
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
     if isinstance(found, list):
         print_bench(found)
     elif "curves" in found:
@@ -239,4 +239,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     sys.exit(main())

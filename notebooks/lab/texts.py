@@ -11,22 +11,28 @@ from pathlib import Path
 import numpy as np
 
 import train_tiny
+from notebooks.lab import checkpoints
 
-PIECE = 1 << 16  # characters; tokenizers takes about 200 bytes of memory for each
+PIECE, MOST = 1 << 16, 1 << 22  # characters; tokenizers takes about 200 bytes of memory for each
 # Byte-level BPE first splits a text by a regular expression. That of Llama 3 and that of GPT-2 and
-# SmolLM2 split between a letter or digit and white space, whatever stands further away. Elsewhere
-# they may not: punctuation can take the line breaks after it, and a blank line is one token or two.
-CUT = re.compile(r"(?<=[^\W_])(?=[ \t\r\n])")
+# SmolLM2 split where letters or digits end before another sign, whatever stands further away.
+# Elsewhere they may not: punctuation can take the line breaks after it.
+CUT = re.compile(r"(?<=[^\W_])(?=[^\w])")
 
 
 def load(config):
     """What train_tiny.py trains and measures on. Returns ({split: tokens}, what to record).
 
     The splits are "train" and "val" (--val-data, or the last 5 % of --data) and, with --test-data,
-    "test". Tokens are bytes, uint8, or with --llama the Llama's, int32.
+    "test". Tokens are bytes, uint8, or with --llama the Llama's, int32. A file NAME.npy holds
+    tokens that were made before.
     """
     paths = {"train": config.data, "val": config.val_data, "test": config.test_data}
-    texts = {split: Path(path).read_bytes() for split, path in paths.items() if path}
+    for path in filter(None, paths.values()):
+        checkpoints.check_file(Path(path))
+    made = {split: load_tokens(path) for split, path in paths.items() if path.endswith(".npy")}
+    texts = {split: Path(path).read_bytes() for split, path in paths.items()
+             if path and split not in made}
     source = config.data or f"standard library of Python {platform.python_version()}"
     if not config.data:
         texts = {**dict(zip(("train", "val"), train_tiny.standard_library())), **texts}
@@ -34,21 +40,39 @@ def load(config):
         tokens = tokenize(texts, config.llama)
     else:
         tokens = {split: np.frombuffer(text, np.uint8) for split, text in texts.items()}
+    tokens |= made
     if "val" not in tokens:
         cut = round(0.95 * len(tokens["train"]))
         train, val = np.split(tokens["train"], [cut])
         tokens = {**tokens, "train": train, "val": val}
-    sha256 = hashlib.sha256(b"\0".join(texts.values())).hexdigest()
+    content = [*texts.values(), *(array.tobytes() for array in made.values())]
+    sha256 = hashlib.sha256(b"\0".join(content)).hexdigest()
     return tokens, {"source": source, "sha256": sha256, "unit": "token" if config.llama else "byte"}
+
+
+def load_tokens(path):
+    """Tokens that np.save wrote, (N,)."""
+    try:  # mapped into memory: a file that claims more than it holds takes none
+        tokens = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # whatever a damaged file may raise
+        raise ValueError(f"{path} holds no array of numpy ({error})") from None
+    whole = tokens.ndim == 1 and tokens.dtype.kind in "iu"
+    if not whole or (len(tokens) and not 0 <= tokens.min() <= tokens.max() < 2**31):
+        raise ValueError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; expected whole "
+                         "numbers from 0 on, one after the other")
+    return tokens.astype(np.int32)
 
 
 def load_tokenizer(folder):
     """The tokenizer beside a Llama's weights."""
     folder = Path(folder)
-    for path in (folder, folder / "tokenizer.json", folder / "config.json"):
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; expected the Hugging Face folder of a Llama, "
-                             "with config.json and tokenizer.json")
+    checkpoints.check_folder(folder, weights=False)
+    for name in ("tokenizer.json", "config.json"):
+        if not (folder / name).exists():
+            advice = "copy or download it again"
+            if name == "tokenizer.json" and (folder / "tokenizer.model").exists():
+                advice = "of its tokenizer.model " + checkpoints.WITH_TRANSFORMERS.format(folder)
+            raise ValueError(f"{folder} has no {name}; {advice}")
     try:
         from tokenizers import Tokenizer
     except ImportError:
@@ -68,23 +92,33 @@ def load_tokenizer(folder):
 
 
 def pieces(text, tokenizer):
-    """Cut a text. The tokenizer must agree, on 200 characters on either side of each cut.
+    """Cut a text. Returns [(a piece, how many of its first tokens do not belong to the text)].
 
-    One of another kind, such as Llama 2's, never does. It gets the rest of the text in one piece,
-    and so does a text without a place to cut in four million characters.
+    A tokenizer such as Llama 2's splits nothing before its merges, but no merge spans a cut if no
+    token holds the two characters beside it. It also puts a blank before each piece, except after
+    a line break, so such pieces begin with a line break more. At each cut the tokenizer must give
+    the tokens of the whole, for 200 characters on either side. ValueError where there is no cut in
+    four million characters.
     """
-    encode = lambda a, b: tokenizer.encode(text[a:b], add_special_tokens=False).ids
-    found, start = [], 0
+    encode = lambda text: tokenizer.encode(text, add_special_tokens=False).ids
+    joined = {token[k : k + 2].replace("▁", " ")
+              for token in tokenizer.get_vocab() for k in range(len(token) - 1)}
+    extra = {lead: len(encode(lead)) for lead in ("", "\n")}
+    found, start, lead = [], 0, ""
     while start < len(text):
-        end = len(text)
-        places = CUT.finditer(text, start + PIECE, start + 4_000_000)
-        for k in (place.start() for place in itertools.islice(places, 20)):
-            a, b = k - 200, k + 200
-            if encode(max(a, 0), k) + encode(k, b) == encode(max(a, 0), b):
-                end = k
+        end, following = len(text), ""
+        places = (place.start() for place in CUT.finditer(text, start + PIECE, start + MOST))
+        places = (k for k in places if text[k - 1 : k + 1] not in joined)
+        for k, other in itertools.product(itertools.islice(places, 200), extra):
+            before, after = text[max(k - 200, 0) : k], text[k : k + 200]
+            if encode(before) + encode(other + after)[extra[other] :] == encode(before + after):
+                end, following = k, other
                 break
-        found.append(text[start:end])
-        start = end
+        if end - start > MOST:
+            raise ValueError(f"{MOST:,} characters from {start:,} on have no place where a word "
+                             "ends and the text can be cut; expected spaces or line breaks")
+        found.append((lead + text[start:end], extra[lead]))
+        start, lead = end, following
     return found
 
 
@@ -102,8 +136,9 @@ def tokenize(texts, folder):
                              ) from None
         parts, ids, began = pieces(text, tokenizer), [], time.perf_counter()
         for k in range(0, len(parts), 8):  # eight at once, which tokenizers spreads over the cores
-            for encoded in tokenizer.encode_batch(parts[k : k + 8], add_special_tokens=False):
-                ids.append(np.array(encoded.ids, np.int32))
+            some, extra = zip(*parts[k : k + 8])
+            for encoded, n in zip(tokenizer.encode_batch(some, add_special_tokens=False), extra):
+                ids.append(np.array(encoded.ids[n:], np.int32))
             done = min(1.0, (k + 8) / len(parts))
             left = (time.perf_counter() - began) * (1 - done) / done
             print(f"\r  tokenizing the {split} text: {100 * done:.0f} %, {left:.0f} s left ",

@@ -19,6 +19,7 @@ import itertools
 import json
 import lzma
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -277,7 +278,9 @@ def run(options):
     settings = {"tasks": [*tasks], "texts": [*texts]}
     for name in ("teacher", "limit", "block_size", "sample"):
         settings[name] = getattr(options, name)
-    results = json.loads(out.read_text()) if out.exists() else {"settings": settings, "scores": {}}
+    results = {"settings": settings, "scores": {}}
+    if out.exists():
+        results = json.loads(out.read_text("utf-8"))
     if results["settings"] != settings:
         raise ValueError(f"{out} is of {results['settings']}; name another --out for {settings}")
     missing = [folder for folder in options.folders if folder not in results["scores"]]
@@ -321,4 +324,5 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
     main()

@@ -1,7 +1,12 @@
 """What people type and what disks do to files: an answer, or one sentence. Never a traceback."""
 
+import json
+import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +61,7 @@ def try_lines(count, seed, capsys):
 def files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("text.txt").write_bytes(Path(hestia.__file__).read_bytes()[:4000])
-    Path("short.txt").write_text("short")
+    Path("short.txt").write_text("short", "utf-8")
     Path("binary").write_bytes(bytes(range(256)) * 8)
     Path("full/folder").mkdir(parents=True)
 
@@ -111,7 +116,7 @@ def try_damaged_llamas(count, seed, folder):
             model = train_tiny.first_model(config, 0)
             assert hestia.linear_layers(model), (kind, file)
         except ValueError as error:
-            assert str(error).startswith("--llama ") and "\n" not in str(error), (kind, file, error)
+            assert str(error).startswith(config.llama) and "\n" not in str(error), (kind, error)
             refused += 1
         shutil.rmtree(folder / "broken")
     return refused
@@ -153,6 +158,116 @@ def run(files, capsys):
 def test_damaged_checkpoints(llama, run, capsys):
     assert try_damaged_llamas(25, 0, llama) > 10
     assert {0, 2} == set(try_damaged_runs(15, 0, run, capsys))
+
+
+KEPT = {  # what is in a file that a run keeps: how it is changed, by its name
+    "runs/hestia-seed0.json": ["null", "[]", "{}", '{"row": {}, "log": []}', "log: null",
+                               "row: null", "log: [null]", "log: [[]]", 'log: [{"loss": 1}]',
+                               'row: {"train": 1, "val": true, "seconds": 1}',
+                               'row: {"train": 1, "val": NaN, "seconds": 1}',
+                               'row: {"train": 1, "val": 1e999, "seconds": 1}', "log: []"],
+    "runs/start-seed0.json": ["null", "[]", "before: null", "sensitivities: []", "before: {}",
+                              'sensitivities: {"tensors": {"x": null}}', "untrained: [1]",
+                              'sensitivities: {"tensors": {"x": {"score": "high"}}}'],
+    "runs/pretrain-seed0.json": ["null", "[]", "log: null", "log: [0]"],
+    "config.json": ["null", "[]", "config: null", "data: []", "config: [1]"],
+}
+
+
+def test_each_kept_file_is_looked_at_before_a_run_goes_on(run, capsys):
+    line = [*TINY, "--data", "text.txt", "--methods", "absmean", "hestia", "--resume", "--out"]
+    results = json.loads((run / "results.json").read_text("utf-8"))["per_seed"]
+
+    def refused(*words):
+        assert train_tiny.main([*line, str(run)]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and all(word in said for word in words), said
+
+    for name, contents in KEPT.items():
+        file, before = run / name, (run / name).read_text("utf-8")
+        for content in contents:
+            key, colon, value = content.partition(": ")
+            whole = json.loads(before)
+            if colon and key in whole:
+                content = json.dumps(whole | {key: 0}).replace(f'"{key}": 0', f'"{key}": {value}')
+            file.write_text(content, "utf-8")
+            refused(name, "damaged" if "runs" in name else "") if name != "config.json" else \
+                refused("no readable config.json")
+        file.write_text(before, "utf-8")
+
+    # bits in the middle of tensors and arrays, which only checksums can tell
+    bits = [run / "pretrained-seed0.pt", run / "hestia-seed0.pt", run / "runs/hestia-seed0.npz"]
+    for file in bits:
+        before = file.read_bytes()
+        places = [len(before) // 3, len(before) // 2]
+        if file.suffix == ".pt":  # the mantissa of weights
+            w = train_tiny.load_checkpoint(file).model.norm.weight.detach().numpy().tobytes()
+            places = [before.index(w), before.index(w) + 5]
+        for place in places:
+            content = bytearray(before)
+            content[place] ^= 1
+            file.write_bytes(content)
+            refused(f"{file} is damaged; remove what bears its name and seed")
+        file.unlink()
+        if "pretrained" not in file.name:
+            refused(f"{file} is gone; remove {run / 'runs/hestia-seed0.json'} to have both")
+        os.mkfifo(file)
+        refused(f"{file} is damaged")
+        file.unlink()
+        file.write_bytes(before)
+    assert train_tiny.main([*line, str(run)]) == 0
+    capsys.readouterr()
+    assert json.loads((run / "results.json").read_text("utf-8"))["per_seed"] == results
+
+
+def test_a_run_has_its_folder_for_itself(run, capsys, monkeypatch):
+    line = [*TINY, "--data", "text.txt", "--methods", "absmean", "hestia", "--out"]
+    code = ("import sys; from pathlib import Path; from notebooks.lab import options\n"
+            "options.own(Path(sys.argv[1])); print('owned', flush=True); sys.stdin.read()")
+    other = subprocess.Popen([sys.executable, "-c", code, str(run.resolve())], text=True,
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             cwd=Path(hestia.__file__).parent)
+    assert other.stdout.readline() == "owned\n"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert train_tiny.main([*line, str(run), "--resume"]) == 2
+    assert "another run is at work in finished; wait for its end" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    other.send_signal(signal.SIGKILL)  # as a full memory ends a run
+    other.communicate()
+    for _ in range(2):  # twice in this process
+        assert train_tiny.main([*line, str(run), "--resume"]) == 0
+
+    original = Path.mkdir
+
+    def late(path, *mode, **how):  # another run makes it a moment sooner
+        if path.name == "runs":
+            os.makedirs(path)
+        original(path, *mode, **how)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    capsys.readouterr()
+    assert train_tiny.main([*line, "race"]) == 2
+    assert "race/runs was made by another run just now; name another" in capsys.readouterr().err
+    assert [path.name for path in Path("race").rglob("*")] == ["runs"]
+
+
+def test_a_wrong_llama_is_refused_before_the_text_is_read(llama, capsys, monkeypatch):
+    folder = Path("llamas/whole")
+    monkeypatch.setattr(train_tiny, "load_text", lambda config: pytest.fail("too late"))
+    (Path("llamas") / "empty").mkdir()
+    packed = shutil.copytree(folder, Path("llamas/packed"))
+    config = json.loads((packed / "config.json").read_text("utf-8"))
+    (packed / "config.json").write_text(json.dumps({**config, "quantization_config": {"a": 1}}))
+    for name, words in (("llamas/empty", "is empty; expected a config.json or a params.json in it"),
+                        ("text.txt", "text.txt is no folder; expected a folder with"),
+                        ("HuggingFaceTB/SmolLM2", "hf download HuggingFaceTB/SmolLM2 --local-dir"),
+                        ("llamas/packed", "python -m notebooks.lab.checkpoints llamas/packed NEW"),
+                        ("llamas/none", "llamas/none does not exist")):
+        line = [*TINY, "--preset", "cpu", "--data", "text.txt", "--llama", name, "--out", "x"]
+        assert train_tiny.main(line) == 2
+        said = capsys.readouterr().err
+        assert words in said and said.count("\n") == 1, said
+    assert not Path("x").exists()
 
 
 @pytest.mark.slow

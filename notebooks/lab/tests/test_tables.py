@@ -1,10 +1,14 @@
-"""tables.py: what the published files print, and what is no results file."""
+"""tables.py: what published files print, what is no results file, what consoles can show."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import hestia
 import plots
 from notebooks.lab import tables
 
@@ -56,7 +60,7 @@ def test_every_published_file_has_tables(path, capsys):
 def test_the_published_tables_are_what_the_files_print(capsys):
     """A comment with the command stands above each of them."""
     pages = [ROOT / "README.md", ROOT / "notebooks" / "lab" / "RESULTS.md"]
-    text = "".join(page.read_text() for page in pages if page.exists())
+    text = "".join(page.read_text("utf-8") for page in pages if page.exists())
     command = r"<!-- python (?:-m notebooks\.lab\.tables|train_tiny\.py --show) (\S+) -->"
     _, *parts = re.split(command, text)
     assert len(parts) >= 14  # a path and what follows it, seven times
@@ -71,8 +75,72 @@ def test_the_published_tables_are_what_the_files_print(capsys):
 def test_what_holds_no_results_is_refused_in_one_sentence(content, tmp_path, capsys):
     path = tmp_path / "results.json"
     if content:
-        path.write_text(content)
+        path.write_text(content, "utf-8")
     assert tables.main([str(path)]) == 2
     said = capsys.readouterr()
     assert "holds no results that can be shown" in said.err and said.err.count("\n") == 1
     assert not said.out
+
+
+# What a program may inherit: a console and files in ASCII, and a notebook's way to draw
+POOR = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii",
+        "MPLBACKEND": "module://a.notebook", "PYTHONWARNDEFAULTENCODING": "1"}
+TINY = """--layers 1 --hidden 8 --intermediate 8 --heads 2 --group-size 8 --batch-size 2 --rank 1
+--samples 2 --calibration 1 --block-size 8 --eval-tokens 64 --pretrain-steps 2 --steps 2 --seeds 2
+--methods full absmean hestia --data text-ü.txt"""
+ENTRIES = {  # in this order: some show what others made
+    "train_tiny.py": f"{TINY} --out run-文", "plots.py": "overview --run run-文 --save figures-é",
+    "-m notebooks.lab.tables": "run-文/results.json", "-m notebooks.lab.curvature": "--help",
+    "-m notebooks.lab.checkpoints": "llama-文 copy-文",
+}
+SLOW = {
+    "-m notebooks.lab.study": f"{TINY} --out study-文 --workers 1",
+    "-m notebooks.lab.figures": "all --run run-文 --save figures-é",
+    "-m notebooks.lab.bench": "--llama tiny --steps 4 --rounds 1 --micro 2 --accumulate 1 "
+                              "--modes full hestia --out bench-é.json",
+}
+
+
+def called(entry, arguments, folder, **environment):
+    command = [str(ROOT / entry)] if entry.endswith(".py") else entry.split()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run([sys.executable, *command, *arguments.split()], cwd=folder,
+                          env=environment, capture_output=True)
+    return done.returncode, done.stdout.decode("latin-1"), done.stderr.decode("latin-1")
+
+
+def try_entries(folder, entries):
+    """Neither changes how files are read and written: each open of a text says its encoding."""
+    pytest.importorskip("safetensors")
+    (folder / "text-ü.txt").write_bytes((ROOT / "hestia.py").read_bytes()[:4000])
+    hestia.save_llama(hestia.Llama(hestia.LlamaConfig(64, 16, 32, 1, 2, 1)), folder / "llama-文")
+    for entry, arguments in entries.items():
+        code, printed, said = called(entry, arguments, folder, **POOR)
+        assert code == 0 and printed, (entry, said)
+        assert "can't encode" not in printed + said and "is left out" not in printed, entry
+        warned = [line for line in said.splitlines() if "EncodingWarning" in line]
+        assert not [line for line in warned if str(ROOT) in line], (entry, warned)
+
+
+def test_programs_run_with_a_poor_console_and_a_notebooks_settings(tmp_path):
+    try_entries(tmp_path, ENTRIES)
+    for name in ("run-文/overview.png", "figures-é/overview.png", "copy-文/config.json"):
+        assert (tmp_path / name).stat().st_size > 100
+
+
+@pytest.mark.slow
+def test_other_programs_run_with_a_poor_console_and_a_notebooks_settings(tmp_path):
+    try_entries(tmp_path, {"train_tiny.py": ENTRIES["train_tiny.py"], **SLOW})
+    for name in ("study-文/results.json", "bench-é.json"):
+        assert (tmp_path / name).stat().st_size > 100
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "cp437", "ascii", "utf-8"])
+def test_tables_on_consoles_that_lack_some_signs(encoding):
+    code, printed, said = called("-m notebooks.lab.tables", "notebooks/results/table1.json", ROOT,
+                                 PYTHONIOENCODING=encoding)
+    assert code == 0 and not said and printed.count("\n") > 10
+    assert ("?" in printed) == (encoding != "utf-8")  # the minus sign, at least
+    code, printed, said = called("-m notebooks.lab.tables", "größer.json", ROOT,
+                                 PYTHONIOENCODING=encoding)
+    assert code == 2 and said.count("\n") == 1 and "holds no results" in said

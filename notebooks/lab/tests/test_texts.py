@@ -2,6 +2,7 @@
 
 import builtins
 import json
+import os
 import random
 import subprocess
 import sys
@@ -18,13 +19,20 @@ tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers  # noqa: E402
 
 ROOT = Path(hestia.__file__).resolve().parent
-BREAKS = {"lf": "\n", "crlf": "\r\n", "blank": "\n\n", "wiki": " \n ", "mixed": "\r\n \t\n\n"}
+STORIES = ROOT.parent / "shared" / "checkpoints" / "stories260k" / "tokenizer.json"
+BREAKS = {"lf": "\n", "crlf": "\r\n", "blank": "\n\n", "wiki": " \n ", "mixed": "\r\n \t\n\n",
+          "none": " ", "not even a space": ","}
+KINDS = ("Llama 3", "SmolLM2", "Llama 2", "Llama 2, newer", "stories260K")
 LLAMA_3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def trained(kind):
     """A small tokenizer that splits a text as those of Llama 3, SmolLM2 or Llama 2 do."""
+    if kind == "stories260K":  # a tokenizer of sentencepiece, with tokens for single bytes
+        if not STORIES.exists():
+            pytest.skip("needs stories260K beside the repository")
+        return Tokenizer.from_file(str(STORIES))
     byte_level = pre_tokenizers.ByteLevel
     tokenizer, alphabet = Tokenizer(models.BPE()), byte_level.alphabet()
     if kind == "Llama 3":
@@ -38,20 +46,32 @@ def trained(kind):
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         alphabet = [chr(k) for k in range(32, 127)]
+        if kind != "joins words":  # no token of sentencepiece spans words
+            tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=700, show_progress=False, initial_alphabet=alphabet)
-    source = Path(hestia.__file__).read_text()[:30000]
+    source = Path(hestia.__file__).read_text("utf-8")[:30000]
     varied = "".join(f"{source[k : k + 60]}{list(BREAKS.values())[k % 5]}"
                      for k in range(0, len(source), 60))  # so that it merges line breaks, too
     tokenizer.train_from_iterator([source[k : k + 500] for k in range(0, 30000, 500)] + [varied],
                                   trainer)
+    if kind.startswith("Llama 2"):  # it splits in training only
+        tokenizer.pre_tokenizer = None
+    if kind == "Llama 2, newer":
+        tokenizer.normalizer = None
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     return tokenizer
+
+
+def tokens_of(found, tokenizer):
+    return [i for part, extra in found for i in tokenizer.encode(
+        part, add_special_tokens=False).ids[extra:]]
 
 
 def folder_with(tokenizer, path, vocab_size=1000):
     path.mkdir(exist_ok=True)
     tokenizer.save(str(path / "tokenizer.json"))
-    (path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}))
+    (path / "config.json").write_text(json.dumps({"vocab_size": vocab_size}), "utf-8")
     return path
 
 
@@ -63,45 +83,68 @@ def sentences(count, line_break):
                            for _ in range(count))
 
 
-@pytest.mark.parametrize("kind", ("Llama 3", "SmolLM2"))
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", BREAKS)
 def test_pieces_give_the_tokens_of_the_whole(kind, name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(texts, "PIECE", 500)
     tokenizer, text = trained(kind), sentences(800, BREAKS[name])
+    if name == "not even a space":
+        text = text.replace(" ", "")
+    whole = tokenizer.encode(text, add_special_tokens=False).ids
     found = texts.pieces(text, tokenizer)
-    assert "".join(found) == text and max(map(len, found)) < 600 < len(text) / 50
+    assert max(len(part) for part, _ in found) < 700 < len(text) / 50
+    assert any(extra for _, extra in found) == (kind not in ("Llama 3", "SmolLM2"))
+    assert tokens_of(found, tokenizer) == whole
     tokens = texts.tokenize({"train": text.encode()}, folder_with(tokenizer, tmp_path))["train"]
-    assert tokens.dtype == np.int32 and tokens.tolist() == tokenizer.encode(text).ids
+    assert tokens.dtype == np.int32 and tokens.tolist() == whole
     assert "the train text: 100 %, 0 s left" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ("Llama 3", "SmolLM2"))
+@pytest.mark.parametrize("kind", KINDS)
 def test_random_characters(kind, monkeypatch):
     """Blanks, breaks, letters of several scripts, digits, marks and controls next to each other."""
     monkeypatch.setattr(texts, "PIECE", 20)
-    agreeing = SimpleNamespace(encode=lambda *_, **__: SimpleNamespace(ids=[]))  # the rule alone
     tokenizer, rng = trained(kind), random.Random(1)
+    trusting = SimpleNamespace(get_vocab=tokenizer.get_vocab,  # the rule alone
+                               encode=lambda *_, **__: SimpleNamespace(ids=[]))
     some = "  \n\n\r\t\xa0 ab'sZé中ж09½²_-.,;!\"€\x1c\u0301\u200b🙂"
     cuts = 0
     for _ in range(100):
         text = "".join(rng.choices(some, k=rng.randrange(1, 400)))
-        found = texts.pieces(text, agreeing)
+        found = texts.pieces(text, trusting if kind in ("Llama 3", "SmolLM2") else tokenizer)
         cuts += len(found) - 1
-        ids = [i for part in found for i in tokenizer.encode(part).ids]
-        assert "".join(found) == text and ids == tokenizer.encode(text).ids
+        ids = tokens_of(found, tokenizer)
+        assert ids == tokenizer.encode(text, add_special_tokens=False).ids
     assert cuts > 300
 
 
 def test_where_no_cut_is_right_there_is_none(monkeypatch):
-    monkeypatch.setattr(texts, "PIECE", 500)
-    tokenizer, text = trained("Llama 2"), sentences(100, "\n")
-    whole = tokenizer.encode(text).ids
-    halves = [tokenizer.encode(part).ids for part in (text[:1000], text[1000:])]
-    assert halves[0] + halves[1] != whole  # each begins with a blank of its own
-    assert texts.pieces(text, tokenizer) == [text]
-    dense = "中文。" * 2000  # no white space at all
-    assert texts.pieces(dense, trained("SmolLM2")) == [dense]
+    monkeypatch.setattr(texts, "PIECE", 100)
+    tokenizer = trained("joins words")
+    for text in (sentences(50, "\n"), "ab " * 500, "a b, " * 300, "the the " * 300):
+        # pairs are joined from the left, so a cut is right or wrong by what is far away
+        whole = tokenizer.encode(text).ids
+        assert tokens_of(texts.pieces(text, tokenizer), tokenizer) == whole
     assert texts.pieces("", tokenizer) == []
+    dense = "中文你好" * 2000  # all letters
+    assert texts.pieces(dense, trained("SmolLM2")) == [(dense, 0)]
+    marked = "中文。你好，世界" * 2000
+    assert len(texts.pieces(marked, trained("SmolLM2"))) > 100
+    monkeypatch.setattr(texts, "MOST", 5000)  # more would take much memory
+    with pytest.raises(ValueError, match=r"^5,000 characters from 0 on have no place where a word"):
+        texts.pieces(dense, trained("SmolLM2"))
+    assert texts.pieces(dense[:5000], trained("SmolLM2")) == [(dense[:5000], 0)]
+
+
+def test_names_of_special_tokens_are_not_cut(monkeypatch):
+    monkeypatch.setattr(texts, "PIECE", 10)
+    for kind in KINDS[:3]:
+        tokenizer = trained(kind)
+        tokenizer.add_special_tokens(["<|end of text|>", "</s>"])
+        text = "one two<|end of text|>three</s>" * 50
+        whole = tokenizer.encode(text, add_special_tokens=False).ids
+        assert whole.count(tokenizer.token_to_id("<|end of text|>")) == 50
+        assert tokens_of(texts.pieces(text, tokenizer), tokenizer) == whole
 
 
 def test_settings_for_a_chat_and_an_empty_text(tmp_path):
@@ -123,16 +166,23 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path, monkeypatch):
         message = str(raised.value)
         assert all(word in message for word in words) and "\n" not in message, message
 
-    refused(tmp_path / "nowhere", "nowhere does not exist", "expected the Hugging Face folder")
-    refused(tmp_path, "tokenizer.json does not exist")
+    refused(tmp_path / "nowhere", "nowhere does not exist", "expected a folder with config.json")
+    refused("org/Llama-2-7b", "does not exist here", "hf download org/Llama-2-7b --local-dir")
+    refused(tmp_path, "is empty; expected a config.json")
+    folder_with(tokenizer, tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    refused(tmp_path, "has no tokenizer.json; copy or download it again")
+    (tmp_path / "tokenizer.model").touch()
+    refused(tmp_path, "no tokenizer.json; of its tokenizer.model this makes them: python -c",
+            f"a, b = '{tmp_path}'")
     folder = folder_with(tokenizer, tmp_path, vocab_size=tokenizer.get_vocab_size() - 1)
     refused(folder, f"has a token {tokenizer.get_vocab_size() - 1}", "expected the tokenizer")
     for file, content in (("config.json", "{}"), ("config.json", "{"), ("tokenizer.json", "{}"),
                           ("tokenizer.json", "\x00"), ("tokenizer.json", "")):
-        (folder_with(tokenizer, tmp_path) / file).write_text(content)
+        (folder_with(tokenizer, tmp_path) / file).write_text(content, "utf-8")
         refused(folder, "cannot be read")
     (folder / "config.json").unlink()
-    refused(folder, "config.json does not exist")
+    refused(folder, "holds no Llama; expected a config.json")
     folder_with(tokenizer, tmp_path)
     with pytest.raises(ValueError, match=r"the val text is not UTF-8 \(byte 3\)"):
         texts.tokenize({"train": b"abc", "val": b"abc\xff"}, folder)
@@ -144,11 +194,46 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path, monkeypatch):
         refused(folder, "pip install '.[llama]'", error=ImportError)
 
 
+def test_a_text_is_a_file(tmp_path):
+    """A pipe can be read once: not by --resume, nor by a second process."""
+    made = lambda **paths: SimpleNamespace(**{"data": "", "val_data": "", "test_data": "",
+                                              "llama": "", **paths})
+    text = tmp_path / "text, größer 文"
+    text.write_bytes(b"some text\r\n" * 50)
+    os.mkfifo(tmp_path / "pipe")
+    end = os.open(tmp_path / "pipe", os.O_RDWR)  # or a reader may wait for ever
+    os.symlink("/dev/zero", tmp_path / "endless.npy")
+    for option in ("data", "val_data", "test_data"):
+        for name, found in (("pipe", "a pipe or a device"), ("endless.npy", "a pipe or a device"),
+                            ("nowhere", "nowhere does not exist"), (".", "is a folder, a pipe")):
+            with pytest.raises(ValueError, match=f"{found}.*; expected a file, which can be read"):
+                texts.load(made(**{"data": str(text), option: str(tmp_path / name)}))
+    os.close(end)
+    tokens, facts = texts.load(made(data=str(text)))
+    assert len(tokens["train"]) + len(tokens["val"]) == 550 and facts["source"] == str(text)
+
+
+def test_tokens_that_were_made_before_are_looked_at(tmp_path):
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(70000, dtype=np.uint32))
+    assert texts.load_tokens(path).tolist() == [*range(70000)]
+    whole = path.read_bytes()
+    for content in (b"", whole[:50], whole[:1000], b"PK\x03\x04", whole.replace(b"<u4", b"|O8")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="holds no array of numpy"):
+            texts.load_tokens(path)
+    for array in (np.ones((2, 2), int), np.ones(5), np.array([1, -1]), np.array([2**31]), ["a"]):
+        np.save(path, array)
+        with pytest.raises(ValueError, match="expected whole numbers from 0 on"):
+            texts.load_tokens(path)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", BREAKS)
-def test_memory_stays_bounded(name, tmp_path):
+@pytest.mark.parametrize("kind, name", [*(("Llama 2", name) for name in BREAKS),
+                                        *((kind, "none") for kind in KINDS if kind != "Llama 2")])
+def test_memory_stays_bounded(kind, name, tmp_path):
     """In one piece a text takes 170 bytes of memory for each of its own: here 700 MB."""
-    folder = folder_with(trained("Llama 3"), tmp_path)
+    folder = folder_with(trained(kind), tmp_path)
     (tmp_path / "text").write_bytes(sentences(60_000, BREAKS[name]).encode())
     code = ("import sys, pathlib, resource; from notebooks.lab import texts\n"
             "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3\n"
