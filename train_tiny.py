@@ -370,7 +370,7 @@ def open_folder(config, facts):
     if not config.resume and (folder.is_file() or (folder.is_dir() and any(folder.iterdir()))):
         raise ValueError(f"--out {folder} is not an empty folder; name another, or use --resume")
     (folder / "runs").mkdir(parents=True, exist_ok=config.resume)
-    write_json(folder / "config.json", about)
+    write_json(folder / "config.json", about | {"process": os.getpid()})
     return folder, about
 
 

@@ -106,6 +106,9 @@ def check_resume(config, about):
                              f"{folder} and is {value} now; give the same settings")
     if text != now["data"]["sha256"]:
         raise ValueError(f"--resume: the text is not the one of {folder}; give the same")
+    if then.get("process") != os.getpid() and is_run(then.get("process")):
+        raise ValueError(f"process {then['process']}, which began it, is at work in {folder}; wait "
+                         "for its end, or name another --out")
     own(folder)
     readers = {".json": read_kept, ".npz": read_npz, ".pt": read_model}
     for path in sorted([*folder.glob("runs/*"), *folder.glob("*.pt")]):
@@ -120,6 +123,15 @@ def check_resume(config, about):
             for other in beside[: 1 if config.llama else 2]:
                 if not other.exists():
                     raise ValueError(f"{other} is gone; remove {path} to have both made anew")
+
+
+def is_run(process):
+    """Whether a process of this number is a run. Only Linux tells."""
+    try:
+        command = Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"train_tiny" in command or b"notebooks.lab.study" in command
 
 
 HELD = []  # the descriptor of the folder that this process owns

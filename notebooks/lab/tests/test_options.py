@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -249,6 +250,27 @@ def test_a_run_has_its_folder_for_itself(run, capsys, monkeypatch):
     assert train_tiny.main([*line, "race"]) == 2
     assert "race/runs was made by another run just now; name another" in capsys.readouterr().err
     assert [path.name for path in Path("race").rglob("*")] == ["runs"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
+def test_a_run_that_still_goes_on_is_not_resumed(files, capsys):
+    line = [*TINY, "--data", "text.txt", "--steps", "1000000", "--out", "living"]
+    script = Path(hestia.__file__).with_name("train_tiny.py")
+    living = subprocess.Popen([sys.executable, script, *line], stdout=subprocess.DEVNULL)
+    try:
+        while not Path("living/runs/start-seed0.json").exists():
+            assert living.poll() is None
+            time.sleep(0.1)
+        assert train_tiny.main([*line, "--resume"]) == 2
+        said = capsys.readouterr().err
+        assert f"process {living.pid}, which began it, is at work in living; wait for" in said
+    finally:
+        living.kill()
+        living.wait()
+    config = train_tiny.parse([*line, "--resume"])
+    train_tiny.check(config)
+    _, facts = train_tiny.load_text(config)
+    assert train_tiny.open_folder(config, facts)[0] == Path("living")
 
 
 def test_a_wrong_llama_is_refused_before_the_text_is_read(llama, capsys, monkeypatch):
