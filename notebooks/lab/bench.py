@@ -279,6 +279,8 @@ def passes(qat, device, square, settings, copy_rate):
     grads = [torch.randn_like(w) for w in weights]
 
     def ahead():  # products to wait for: a GPU's host is then ahead of it, as it is in training
+        give(latents, [None] * len(latents))  # a pull_back without a step would be refused
+        qat.pulled = 0
         for _ in range(20 if device.type == "cuda" else 0):
             square @ square
 
