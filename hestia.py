@@ -541,8 +541,8 @@ def linear_layers(model):
     head = getattr(model, "get_output_embeddings", lambda: None)()
     for name, m in model.named_modules():
         *blocks, last = name.split(".")
-        named = last in ("lm_head", "output", "score", "classifier") if head is None else m is head
-        named = named and not any(block.isdigit() for block in blocks)
+        named = last in ("lm_head", "output", "score", "classifier")
+        named = m is head if head else named and not any(block.isdigit() for block in blocks)
         if isinstance(m, nn.Linear) and not named and not any(m.weight is e for e in embeddings):
             layers[name] = m
     return layers
@@ -722,8 +722,8 @@ class Hestia:
         for name, seen in expected.items():
             for what, before in seen.items():
                 if found[name][what] != before:
-                    raise RuntimeError(f"{name} was {what} since Hestia() or relax(); load and "
-                                       "wrap before, and call pull_back() after backward()")
+                    raise RuntimeError(f"{name} was {what} since Hestia() or relax(); change the "
+                                       "model before, and call pull_back() after backward()")
         return found
 
     def _check_loop(self):
@@ -774,7 +774,7 @@ class LlamaConfig:
     def __post_init__(self):
         above_0 = lambda x: type(x) in (int, float) and 0 < x < 2**31
         for f in fields(self):
-            if f.name == "head_dim" and self.head_dim is None:
+            if f.name == "head_dim" and self.head_dim is None:  # both numbers were looked at
                 self.head_dim = self.hidden_size // self.num_attention_heads
             x, number = getattr(self, f.name), f.type not in (bool, dict | None)
             if not isinstance(x, f.type) or (number and not above_0(x)):
@@ -924,11 +924,11 @@ def load_llama(path, dtype=None, device="cpu"):
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         files = sorted({Path(file).name for file in weight_map.values()})
     for file in files:
-        with safe_open(folder / file, "pt") as opened:  # mapped into memory, not read
+        with safe_open(folder / file, "pt") as opened:  # mapped, not read. No name may come twice
             tensors |= {name + " again" * (name in tensors): opened.get_tensor(name)
                         for name in [*opened.keys()] if not name.endswith("rotary_emb.inv_freq")}
     if not all(t.is_floating_point() and t.isfinite().all() for t in tensors.values()):
-        raise ValueError(f"{folder} has tensors of whole numbers, NaN or infinity; expected others")
+        raise ValueError(f"{folder} holds whole numbers, NaN or infinity; expected finite floats")
     layers = {name.split(".")[2] for name in tensors if name.startswith("model.layers.")}
     if len(layers) != config.num_hidden_layers:
         raise ValueError(f"{folder} has {len(layers)} layers and says {config.num_hidden_layers}")
@@ -1053,8 +1053,8 @@ def evaluate(model, tokens, block_size, batch_size=32):
         raise ValueError(f"blocks of {block_size} in {(*tokens.shape,)} leave none to predict")
     device, losses = next(model.parameters()).device, []  # [(mean loss, targets)]
     whole = len(tokens) // block_size * block_size
-    # (<= batch_size, block_size) each, and the rest, (1, < block_size)
     with precision(device), evaluating(model):
+        # (<= batch_size, block_size) each, and the rest, (1, < block_size)
         for ids in (*tokens[:whole].view(-1, block_size).split(batch_size), tokens[None, whole:]):
             if ids[:, 1:].numel():
                 x, y = ids[:, :-1].to(device).long(), ids[:, 1:].to(device).long()

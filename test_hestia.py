@@ -1328,7 +1328,7 @@ CONFIGS = {  # what was changed in config.json
 TENSORS = {  # what was changed in model.safetensors
     f"Missing .*{Q}(.|\n)*Unexpected .*model.more": lambda f: {"model.more": f.pop(Q)},
     rf"{Q}: .*\[16, 64\].*\[32, 32\]": lambda f: {Q: f[Q].reshape(16, 64)},
-    "has tensors of whole numbers": lambda f: {Q: f[Q].int()},
+    "holds whole numbers, NaN or infinity": lambda f: {Q: f[Q].int()},
     "a head that differs from the embedding": lambda f: {"lm_head.weight": torch.ones(96, 32)},
 }
 

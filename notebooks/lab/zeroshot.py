@@ -3,7 +3,7 @@
     python -m notebooks.lab.zeroshot FOLDER ... --tasks DIR --texts wiki=wiki.txt --out scores.json
 
 Tasks, wording and scores are those of lm-evaluation-harness: acc, acc_norm (per character of the
-answer), acc_bytes (per byte), each with a standard error, _se. Losses and, with --teacher,
+answer), each with a standard error, _se. Losses and, with --teacher,
 KL(teacher || model) are means in nats per token. DIR holds TASK.jsonl.xz for some of the five
 tasks. A line has a query, choices and gold, the index of the right choice; one of winogrande has
 context_options, continuation and gold. One machine can tokenize what another scores without the
@@ -60,10 +60,10 @@ def prepare(task, rows, tokenizer):
     """A task as arrays of whole numbers, (sequences,) but for three of them.
 
     tokens (sum of length,): contexts and continuations; length: tokens of a sequence, of which the
-    last `scored` are the continuation's; characters, bytes: of an answer; choices, gold (items,).
+    last `scored` are the continuation's; characters: of an answer; choices, gold (items,).
     The first token is one for the beginning if tokenizer.json says so, as with the harness.
     """
-    fields = ("tokens", "length", "scored", "characters", "bytes", "choices", "gold")
+    fields = ("tokens", "length", "scored", "characters", "choices", "gold")
     found = {field: [] for field in fields}
     for row in rows:
         requests, gold = wording(task, row)
@@ -76,7 +76,6 @@ def prepare(task, rows, tokenizer):
             # spaces at the end of a context count as the continuation's
             found["scored"].append(len(ids) - len(tokenizer.encode(context.rstrip()).ids))
             found["characters"].append(len(continuation) - 1)
-            found["bytes"].append(len(continuation.encode()) - 1)
     return {field: compact(values) for field, values in found.items()}
 
 
@@ -141,14 +140,14 @@ def accuracies(sums, task):
 
     sums: (sequences,), in nats; of equal ones the first counts. task: see prepare.
 
-    >>> task = {"characters": [2, 4], "bytes": [4, 4], "choices": [2], "gold": [1]}
-    >>> [accuracies([-2.0, -3.0], task)[name] for name in ("acc", "acc_norm", "acc_bytes")]
-    [0.0, 1.0, 0.0]
+    >>> task = {"characters": [2, 4], "choices": [2], "gold": [1]}
+    >>> [accuracies([-2.0, -3.0], task)[name] for name in ("acc", "acc_norm")]
+    [0.0, 1.0]
     """
     n = len(task["gold"])
     scores, ends = {"n": n}, np.cumsum(task["choices"], dtype=np.int64)[:-1]
-    for name, field in (("acc", None), ("acc_norm", "characters"), ("acc_bytes", "bytes")):
-        values = np.divide(sums, task[field] if field else 1)
+    for name, length in (("acc", 1), ("acc_norm", task["characters"])):
+        values = np.divide(sums, length)
         chosen = np.array([choices.argmax() for choices in np.split(values, ends)])
         p = float((chosen == task["gold"]).mean())
         scores |= {name: p, f"{name}_se": (p * (1 - p) / max(1, n - 1)) ** 0.5}

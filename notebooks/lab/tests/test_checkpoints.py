@@ -314,7 +314,7 @@ def test_what_is_no_llama_in_metas_format_is_refused_and_never_executed(tmp_path
         torch.save(what, folder / META)
         words = "meta holds no Llama in Meta's format: "
         if message is None:
-            words = message = "tensors of whole numbers"
+            words = message = "holds whole numbers"
         with pytest.raises(ValueError, match=words) as error:
             checkpoints.load(folder)
         assert message in str(error.value) and str(error.value).startswith(str(folder))
@@ -450,7 +450,7 @@ def test_valid_tensors_that_are_not_all_of_one_kind(plain):
     for bad in (math.nan, math.inf):
         tensors["model.norm.weight"][3] = bad
         safetensors.save_file(tensors, file)
-        with pytest.raises(ValueError, match="plain has tensors of whole numbers, NaN or infinity"):
+        with pytest.raises(ValueError, match="plain holds whole numbers, NaN or infinity"):
             checkpoints.load(plain)
 
 

@@ -310,6 +310,9 @@ def test_a_head_is_known_by_its_model_or_by_its_name():
     assert list(hestia.linear_layers(model)) == ["blocks.0.output", "last"]
     model.get_output_embeddings = lambda: model["last"]
     assert list(hestia.linear_layers(model)) == ["blocks.0.output", "score"]
+    model.get_output_embeddings = lambda: blocks[0]["output"]  # what a model says counts anywhere
+    assert list(hestia.linear_layers(model)) == ["score", "last"]
+    model.get_output_embeddings = lambda: model["last"]
     assert start(model)[1].left_out == {"last.weight": "Linear"}
 
 def test_matrices_that_are_not_linear_layers_are_left_out_and_named():

@@ -35,7 +35,7 @@ def random_task(seed=0, items=9):
     scored = [rng.integers(1, n) for n in length]
     task = {"tokens": rng.integers(0, 61, length.sum()), "length": length, "scored": scored,
             "characters": rng.integers(1, 30, len(length)), "choices": choices,
-            "bytes": rng.integers(1, 30, len(length)), "gold": rng.integers(0, 2, items)}
+            "gold": rng.integers(0, 2, items)}
     return {field: zeroshot.compact(values) for field, values in task.items()}
 
 
@@ -70,13 +70,12 @@ def test_batches_padding_and_pieces_change_nothing(monkeypatch):
 def test_accuracies_by_hand():
     # Three items of 2, 3 and 2 choices. The right ones are the second, the third and the first.
     task = {"choices": np.array([2, 3, 2], np.uint16), "gold": np.array([1, 2, 0], np.uint16),
-            "characters": [2, 4, 1, 1, 1, 5, 5], "bytes": [2, 6, 1, 1, 9, 5, 5]}
+            "characters": [2, 4, 1, 1, 1, 5, 5]}
     sums = [-2.0, -3.0, -4.0, -5.0, -6.0, -1.0, -1.0]
     # plain:          -2 > -3, wrong; -4 is largest, wrong; equal, so the first: right
     # per character:  -1 < -0.75, right; -4 is largest, wrong; right
-    # per byte:       right; -6/9 is largest, right; right
     scores = zeroshot.accuracies(sums, task)
-    assert [scores[name] for name in ("n", "acc", "acc_norm", "acc_bytes")] == [3, 1 / 3, 2 / 3, 1]
+    assert [scores[name] for name in ("n", "acc", "acc_norm")] == [3, 1 / 3, 2 / 3]
     assert scores["acc_se"] == pytest.approx((1 / 3 * 2 / 3 / 2) ** 0.5)
     right = [0.0, 0.0, 1.0]  # a standard deviation with n - 1, over the root of n
     assert scores["acc_se"] == pytest.approx(np.std(right, ddof=1) / 3**0.5)
@@ -140,7 +139,7 @@ def test_continuations_are_what_follows_the_contexts_own_tokens(beginning):
         assert (ids[0] == 0) == beginning
         assert tokenizer.decode(ids.tolist()) == text
         assert tokenizer.decode(ids[-scored:].tolist()) in ("  trains é.", " trains é.")
-    assert task["characters"].tolist() == [9, 9] and task["bytes"].tolist() == [10, 10]
+    assert task["characters"].tolist() == [9, 9]
     assert all(values.dtype == np.uint16 for values in task.values())
     assert zeroshot.compact([70000]).dtype == np.int32
 
