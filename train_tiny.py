@@ -339,7 +339,7 @@ def run_row(config, name, model, entry, tokens, seed, folder, row=None):
     numbers |= losses(config, model, tokens)
     if not config.llama:
         save_checkpoint(folder / f"{path.stem}.pt", model)
-    elif name != "full":
+    else:
         lab("options").save(config, model, folder / path.stem)
     write(path.with_suffix(".npz"), lambda half: np.savez_compressed(half, **watch.arrays()))
     write_json(path, {"row": numbers, "log": log})

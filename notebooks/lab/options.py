@@ -79,13 +79,13 @@ def llama(config):
 
 
 def save(config, model, path):
-    """The hardened Llama as a Hugging Face folder, and as one of two bits per weight."""
+    """The Llama as a Hugging Face folder and, if it is ternary, as one of two bits per weight."""
     packed = path.with_name(path.name + "-packed")
     for left in (path, packed):
         if left.exists():  # an interrupted run got so far
             shutil.rmtree(left)
     hestia.save_llama(model, path)
-    if config.packed:
+    if config.packed and not path.name.startswith("full-"):
         checkpoints.save_packed(model, packed, config.group_size or None)
 
 

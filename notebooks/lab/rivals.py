@@ -203,6 +203,15 @@ def relax_dlt(w, s, scale, shift):
     return through(z, scale * codes + shift[:, None], slope).view_as(w)
 
 
+def relax_learned(w, s, k):
+    """HESTIA with gamma = e^(k/10) mean|w|. k follows the loss, and moves gamma a tenth as fast as
+    the rate says. Where a group is zero its gamma is AbsMean's floor."""
+    gamma = hestia.absmean_scale(w, s.group_size) * (k[:, None] / 10).exp()  # (n_groups, 1)
+    z = groups(w, s) / gamma
+    H = hestia.soft_quantize(z, s.tau, z.shape[1], s.codebook, scale=torch.ones_like(gamma))
+    return (1 - s.p) * w + s.p * (gamma * H).view_as(w)
+
+
 def relax_stochastic(w, s, scale):
     return w  # round_stochastically keeps it on the grid
 
@@ -219,6 +228,16 @@ def start_on_grid(w, s):
     scale = hestia.absmean_scale(w, s.group_size).bfloat16().to(w.dtype)
     w.copy_(hestia.quantize(w, s.group_size, scale=scale))
     return {"scale": scale.squeeze(1)}
+
+
+class Snapped(Learned):
+    """In the end each scale is the one of least squares for the codes that are there."""
+    @torch.no_grad()
+    def hardened(self, name):
+        z = groups(self.latents[name], self.step_of(0, name))
+        codes = super().hardened(name).view_as(z).sign()
+        scale = (z * codes).sum(1, keepdim=True) / codes.abs().sum(1, keepdim=True).clamp_min(1)
+        return (scale.bfloat16() * codes).view_as(self.latents[name])
 
 
 class PerRow(hestia.Hestia):
@@ -370,6 +389,8 @@ hestia.METHODS.update({
     "hestia-wide": Method("HESTIA, alpha = 0, 1.5 gamma", hestia.relax_hestia, hard_wide, True),
     "leak": Method("HESTIA, alpha = 0, leak", relax_leak, hard_absmean, soft=True),
     "leak-wide": Method("HESTIA, alpha = 0, leak, 1.5 gamma", relax_leak, hard_wide, soft=True),
+    "hestia-learned": Method("HESTIA, alpha = 0, learned gamma", relax_learned, relax_learned,
+                             soft=True),
     "stochastic": Method("stochastic rounding", relax_stochastic, hard_absmean),
 })
 
@@ -383,6 +404,8 @@ ROWS = {
     "hestia-wide": dict(method="hestia-wide", codebook=WIDE, alpha=0.0),
     "leak": dict(method="leak", alpha=0.0),
     "leak-wide": dict(method="leak-wide", codebook=WIDE, alpha=0.0),
+    "hestia-learned": dict(method="hestia-learned", cls=Snapped, alpha=0.0, codebook=TERNARY,
+                           start=lambda w, s: {"k": 0 * groups(w, s)[:, 0]}),
     "twn": dict(method="twn", cls=OwnLevels, codebook=TERNARY),
     "lsq": dict(method="lsq", cls=Learned, start=start_lsq, codebook=TERNARY),
     "seq": dict(method="seq", cls=Learned, start=start_seq, codebook=TERNARY),

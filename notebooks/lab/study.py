@@ -50,8 +50,11 @@ ABLATIONS = {
         "hestia-no-hessian": dict(alpha=0.0),
         "hestia:scores=shuffled": dict(scores="shuffled"),
         "hestia:scores=common": dict(scores="common"),
+        "hestia:scores=hawq": dict(scores="hawq"),
     },
     "alpha": {f"hestia:alpha={a}": dict(alpha=a) for a in (0.6, 0.2, 0.0, -0.2, -0.4, -0.6)},
+    "tau": {f"hestia-no-hessian:tau_init={tau}": dict(alpha=0.0, tau_init=tau)
+            for tau in (0.15, 0.25, 0.35, 0.45, 0.55, 0.7)},
     "rho": {f"hestia:rho={rho}": dict(rho=rho) for rho in (0.0, 0.1, 0.3, 0.5)},
     "bits": {row: rivals.ROWS[row] for row in ("int2", "hestia-binary", "hestia-2bit")},
     "samples": {f"hestia:samples={m}": dict(samples=m) for m in (5, 50)},
@@ -166,8 +169,8 @@ class Study:
         for name in self.config.methods:
             for lr, path in self.tries(name).items():
                 tries[path] = functools.partial(self.tune, self.chooser(name), lr, path)
-        for seed in self.seeds:
-            for name in self.config.methods:
+        for name in self.config.methods:  # a row that is there for some seeds is of no use
+            for seed in self.seeds:
                 rows[self.path(name, seed)] = functools.partial(self.row, name, seed)
         return [starts, tries, rows]
 
@@ -223,11 +226,23 @@ class Study:
         if how := line.pop("scores", None):
             tensors = entry["sensitivities"]["tensors"]
             scores = {tensor: h["score"] for tensor, h in tensors.items()}
+            if how == "hawq":
+                scores = self.hawq_scores(model, tensors)
             for tensor, score in changed_scores(scores, how, config.alpha, seed).items():
                 tensors[tensor]["score"] = score
         if config.lrs:
             config = dataclasses.replace(config, lr=best_rate(self.tuning(name)))
         train_tiny.run_row(config, name, model, entry, self.tokens, seed, self.folder, line or None)
+
+    def hawq_scores(self, model, tensors):
+        """Eq. (13) with HAWQ-V2's measure (arXiv 1911.03852) for the trace: it times the mean
+        squared error of rounding."""
+        size, measure = self.config.group_size or None, {}
+        for name, h in tensors.items():
+            w = model.get_submodule(name).weight.detach().float()
+            error = float((w - hestia.quantize(w, size)).square().mean())
+            measure[name] = hestia.TraceEstimate(h["value"] * error, h["stderr"] * error)
+        return hestia.sensitivity_scores(measure, self.config.kappa)
 
     def bits(self):
         """{row: bits per weight}. It makes each row once: what does not fit is refused now."""

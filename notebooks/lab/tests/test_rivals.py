@@ -5,6 +5,7 @@ import io
 import math
 import pickle
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -577,3 +578,26 @@ def test_the_leak_in_closed_form(codebook):
             rows, tau = w.detach().view(-1, 4), torch.tensor(tau)
             fused = rivals.slope_leak(rows, torch.tensor(p), tau, codebook).view_as(w)
             torch.testing.assert_close(fused, slope, rtol=1e-5, atol=1e-6)
+
+
+def test_a_learned_gamma_and_its_least_squares():
+    torch.manual_seed(5)
+    w = torch.randn(6, 8, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    scale = hestia.absmean_scale(w, 4) * (k.detach()[:, None] / 10).exp()
+    for p, tau in ((0.0, 0.3), (0.6, 0.3), (1.0, 0.05)):
+        step = hestia.Step(p, tau, 4, hestia.TERNARY)
+        W_eff = rivals.relax_learned(w, step, k)
+        torch.testing.assert_close(W_eff, hestia.effective_weight(w, tau, p, 4, scale=scale))
+        (slope,) = torch.autograd.grad(W_eff.sum(), w)
+        J = hestia.soft_quantize_jacobian(w.detach(), tau, 4, scale=scale)
+        torch.testing.assert_close(slope, (1 - p) + p * J)
+        assert torch.autograd.gradcheck(partial(rivals.relax_learned, w.detach(), step), k)
+    qat, _ = made("hestia-learned", rows=2)
+    for name, latent in qat.latents.items():
+        qat.own[name]["k"].data.fill_(2.0)  # e^(k/10) = 1.22
+        z, left = rivals.groups(latent.detach(), qat.step_of(0, name)), qat.hardened(name)
+        for row, found in zip(z, left.view_as(z)):
+            codes = (row / (row.abs().mean() * math.exp(0.2))).round().clamp(-1, 1)
+            best = torch.linalg.lstsq(codes[:, None], row).solution
+            torch.testing.assert_close(found, best.bfloat16().float() * codes)

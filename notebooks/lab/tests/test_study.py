@@ -77,7 +77,8 @@ def test_rows_that_are_asked_for():
     assert rows("--methods all") == (*train_tiny.ROWS, *rivals.ROWS)
     assert rows("--methods twn hestia:alpha=0.6 twn") == ("twn", "hestia:alpha=0.6")
     assert rows("--ablate hessian") == ("full", "absmean", "hestia", "hestia-no-hessian",
-                                        "hestia:scores=shuffled", "hestia:scores=common")
+                                        "hestia:scores=shuffled", "hestia:scores=common",
+                                        "hestia:scores=hawq")
     assert rows("--methods twn --ablate rho")[:4] == ("full", "absmean", "twn", "hestia")
     assert rows("--ablate group --group-size 32")[3:] == (
         "absmean:group_size=0", "absmean:group_size=16", "hestia-no-hessian:group_size=0",
@@ -121,6 +122,18 @@ def test_changed_scores_by_hand():
     assert math.exp(0.4 * common["a"]) == pytest.approx(mean) and len(set(common.values())) == 1
     for alpha in (0.4, -0.3, 1e-9, 0.0):  # rounding leaves none outside of 0 to 1
         assert 0 <= study.changed_scores(dict.fromkeys("ab", 1.0), "common", alpha, 0)["a"] <= 1
+
+
+def test_hawq_scores_by_hand():
+    some, model = study.Study.__new__(study.Study), torch.nn.ModuleDict()
+    some.config = types.SimpleNamespace(group_size=0, kappa=1.0)
+    tensors, measure = {}, {}
+    for name, w in {"a": [3.0, -3.0, 0.0, 0.0], "b": [1.0, 1.0, 1.0, 3.0]}.items():
+        model[name] = torch.nn.Linear(4, 1, bias=False)
+        model[name].weight.data = torch.tensor([w])
+        tensors[name] = {"value": 2.0, "stderr": 0.0}
+        measure[name] = 2.0 * {"a": 4.5 / 4, "b": (3 * 0.5**2 + 1.5**2) / 4}[name]  # gamma is 1.5
+    assert some.hawq_scores(model, tensors) == pytest.approx(hestia.sensitivity_scores(measure))
 
 
 def test_the_end_of_the_text_and_a_seed_of_its_own_choose_the_rate(monkeypatch, tmp_path):
