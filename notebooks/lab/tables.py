@@ -1,9 +1,11 @@
 """Tables of results: intervals, the gap recovered, Markdown.
 
     python -m notebooks.lab.tables notebooks/results/table1.json   # prints the tables of this file
+    python -m notebooks.lab.tables ce.json teacher.json            # what each part is worth
 
-The file is a results.json (of train_tiny.py or of a study), a bench.json, or what the study of
-estimators wrote. Losses are in nats per token, of hard weights.
+A file is a results.json (of train_tiny.py or of a study), a bench.json, or what the study of
+estimators wrote. Several are studies of the same seeds and texts, of which all but the first had a
+teacher. Losses are in nats per token, of hard weights.
 """
 
 import argparse
@@ -68,6 +70,47 @@ def paired(per_seed, row, other, split):
     spread = float(np.std(differences, ddof=1))
     half = t_95(len(differences) - 1) * spread / len(differences) ** 0.5
     return float(np.mean(differences)), half, spread
+
+
+# What a part is worth: rows with it and without it. Of several files, the first has no teacher.
+PARTS = {
+    "relaxation": ("hestia-no-hessian", "absmean"),
+    "relaxation, at 1.5 mean|w|": ("hestia-wide", "absmean-wide"),
+    "the scale 1.5 mean|w|, STE": ("absmean-wide", "absmean"),
+    "the scale 1.5 mean|w|, HESTIA": ("hestia-wide", "hestia-no-hessian"),
+    "leak": ("leak", "hestia-no-hessian"),
+    "leak, at 1.5 mean|w|": ("leak-wide", "hestia-wide"),
+    "guidance, against a common score": ("hestia", "hestia:scores=common"),
+    "all: leak at 1.5, against the STE": ("leak-wide", "absmean"),
+    "all: leak at 1.5, against HESTIA": ("leak-wide", "hestia"),
+}
+TEACHER = {
+    "teacher, STE": "absmean",
+    "teacher, STE at 1.5 mean|w|": "absmean-wide",
+    "teacher, HESTIA": "hestia-no-hessian",
+    "teacher, HESTIA at 1.5 mean|w|": "hestia-wide",
+    "teacher, leak at 1.5 mean|w|": "leak-wide",
+}
+
+
+def worth(files, split):
+    """{part: [(mean, half width of its 95 % interval, standard deviation) or None, for each file]}.
+
+    files: contents of results.json, of the same seeds and texts. None where a row is not there.
+    """
+    found = {}
+    for part, (row, other) in PARTS.items():
+        found[part] = [paired(file["per_seed"], row, other, split)
+                       if {row, other} <= {*file["per_seed"][0]} else None for file in files]
+    first = files[0]["per_seed"]
+    for part, row in TEACHER.items():
+        found[part] = [None]
+        for file in files[1:]:
+            both = [{"with": b.get(row), "without": a.get(row)}
+                    for a, b in zip(first, file["per_seed"], strict=True)]
+            known = all(both[0].values())
+            found[part].append(paired(both, "with", "without", split) if known else None)
+    return {part: each for part, each in found.items() if any(each)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,6 +190,31 @@ def print_paired(per_seed):
     print("\nIn brackets where the interval holds zero: no difference was seen.")
 
 
+def print_worth(files):
+    """What each part adds to the loss, on two texts, without a teacher and with it."""
+    for file in files[1:]:
+        for key in ("sha256", "unit"):
+            if file["data"][key] != files[0]["data"][key]:
+                raise ValueError("the files are of different texts")
+    splits = [split for split in ("val", "test") if split in files[0]["per_seed"][0]["before"]]
+    splits = splits if len(splits) == 2 else ["train", *splits]
+    names = [f"teacher {d:g}" if (d := file["config"].get("distill")) else "cross-entropy"
+             for file in files]
+    found = [worth(files, split) for split in splits]
+    rows = []
+    for part in found[0]:
+        line = [part]
+        for k in range(len(files)):
+            for each in found:
+                mean, half, _ = each[part][k] or (None, None, None)
+                text = "" if mean is None else f"{mean:+.4f} ± {half:.4f}"
+                line.append(text if mean is None or abs(mean) > half else f"({text})")
+        rows.append(line)
+    head = [f"{SPLITS[split]}, {name}" for name in names for split in splits]
+    print_columns(["what it adds to the loss, ± 95 %", *head], rows)
+    print("\nIn brackets where the interval holds zero: no difference was seen.")
+
+
 def print_bench(rows):
     """What a step costs: medians over the rounds [least, largest]. A ratio compares two runs of one
     round."""
@@ -209,10 +277,12 @@ def print_cost(study):
     print_columns(["sequences at once", "joint", "memory", "Hutch++, extrapolated", "ratio"], rows)
 
 
-def show(path):
-    """Print the tables of a file. ValueError or LookupError: it has none."""
-    found = json.loads(Path(path).read_text(encoding="utf-8"))
-    if isinstance(found, list):
+def show(path, *others):
+    """Print the tables of a file, or of some together. ValueError or LookupError: it has none."""
+    found, *more = [json.loads(Path(file).read_text(encoding="utf-8")) for file in (path, *others)]
+    if more:
+        print_worth([found, *more])
+    elif isinstance(found, list):
         print_bench(found)
     elif "curves" in found:
         print_estimators(found)
@@ -228,12 +298,12 @@ def main(arguments=None):
     description, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m notebooks.lab.tables", description=description,
                                      epilog=rest, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="a .json that holds results")
-    path = parser.parse_args(arguments).file
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a .json that holds results")
+    files = parser.parse_args(arguments).files
     try:
-        show(path)
+        show(*files)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        print(f"{path} holds no results that can be shown ({error})", file=sys.stderr)
+        print(f"{' '.join(files)} holds no results that can be shown ({error})", file=sys.stderr)
         return 2
     return 0
 

@@ -144,3 +144,34 @@ def test_tables_on_consoles_that_lack_some_signs(encoding):
     code, printed, said = called("-m notebooks.lab.tables", "größer.json", ROOT,
                                  PYTHONIOENCODING=encoding)
     assert code == 2 and said.count("\n") == 1 and "holds no results" in said
+
+
+def test_what_each_part_is_worth_by_hand(tmp_path, capsys):
+    """Two files of two seeds. The relaxation is worth 0.1 in both, the teacher 0.2."""
+    files = []
+    for distill in (0.0, 0.5):
+        seeds = []
+        for noise in (0.0, 0.01):
+            ste = {"train": 1.0 + noise, "val": 2.0 - 0.4 * distill}
+            ours = {"train": ste["train"] - 0.1, "val": ste["val"] - 0.1 - noise}
+            seeds.append({"before": ste, "absmean": ste, "hestia-no-hessian": ours})
+        files.append({"config": {"distill": distill}, "per_seed": seeds,
+                      "data": {"sha256": "a", "unit": "byte"}})
+    found = tables.worth(files, "val")
+    assert list(found) == ["relaxation", "teacher, STE", "teacher, HESTIA"]
+    assert found["teacher, STE"][0] is None
+    assert [x[0] for x in found["relaxation"]] == pytest.approx([-0.105, -0.105])
+    assert found["teacher, STE"][1] == pytest.approx((-0.2, 0.0, 0.0))
+    half = 12.71 * 0.01 / 2**0.5 / 2**0.5  # t(1), the deviation, the root of two seeds
+    assert found["relaxation"][0][1] == pytest.approx(half, rel=1e-3)
+    paths = [tmp_path / "ce.json", tmp_path / "teacher.json"]
+    for path, file in zip(paths, files):
+        plots.write_json(path, file)
+    assert tables.main([*map(str, paths)]) == 0
+    head, _, relaxation, *_ = capsys.readouterr().out.splitlines()
+    assert head.count("cross-entropy") == head.count("teacher 0.5") == 2
+    assert relaxation.count("-0.1000 ± 0.0000") == 2 and "-0.1050 ± 0.0636" in relaxation
+    files[1]["data"]["sha256"] = "b"
+    plots.write_json(paths[1], files[1])
+    assert tables.main([*map(str, paths)]) == 2
+    assert "the files are of different texts" in capsys.readouterr().err
