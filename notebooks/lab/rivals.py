@@ -240,6 +240,55 @@ class Snapped(Learned):
         return (scale.bfloat16() * codes).view_as(self.latents[name])
 
 
+def relax_pv(w, s, scale):
+    """PV-Tuning (arXiv 2405.14852): scale * code. W stays on the grid, so its code is its sign."""
+    return through(w, (scale[:, None] * groups(w.detach(), s).sign()).view_as(w))
+
+
+def chosen_codes(codes, scale, grad, step, count):
+    """The V-step: the `count` codes with the largest |gradient|, ties by index, become the nearest
+    to the target scale * code - step * gradient. The others stay. codes, grad: (n_groups, g).
+
+    Of these two codes the first changes. The second wastes its place, as in the authors' code: its
+    target lies beyond the end of the grid.
+
+    >>> codes, grad = torch.tensor([[-1.0, -1.0, 0.0]]), torch.tensor([[-2.0, 3.0, 0.5]])
+    >>> chosen_codes(codes, torch.tensor([[0.5833]]), grad, step=0.2, count=2)
+    tensor([[ 0., -1.,  0.]])
+    """
+    order = grad.abs().flatten().argsort(descending=True, stable=True)
+    target = codes - step * grad / scale
+    chosen = torch.zeros_like(codes, dtype=torch.bool)
+    chosen.view(-1)[order[:count]] = True
+    return torch.where(chosen, hestia.nearest_code(target) + 0.0, codes)  # + 0.0: no minus zero
+
+
+@torch.no_grad()
+def pv(qat, optimizer, loss, norm, clip, share=0.01, reach=1e-2 / 3e-4):
+    """PV-Tuning's two steps, in place of the optimizer's. P: it moves scales and what is not
+    quantized. V: 1 % of each matrix's codes are chosen anew.
+
+    The V-step is reach * lr * ||W|| long. share and reach are the authors' recipe, where codes have
+    the rate 1e-2, counted in ||W|| as in LAMB, and scales 3e-4. Our choice: the plain gradient is
+    the direction, and what was not enough to change a code is not kept for the next step. At 0.1 M
+    parameters (rate 3e-3, one seed) the hard validation loss is 1.967, 1.966, 1.971 and 2.300 at
+    reach 0, 10, 30 and 250.
+    """
+    grads = {name: w.grad for name, w in qat.latents.items()}
+    for w in qat.latents.values():
+        w.grad = None  # the optimizer leaves W to the V-step
+    hestia.update(optimizer, loss, norm, clip)
+    length = reach * optimizer.param_groups[0]["lr"]
+    for name, w in qat.latents.items():
+        scale = qat.own[name]["scale"].clamp_(min=1e-5)[:, None]  # (n_groups, 1)
+        codes = w.view(len(scale), -1).sign()
+        if grads[name] is not None:
+            grad = grads[name].view_as(codes)
+            step = length * w.norm() / grad.norm().clamp_min(1e-30)
+            codes = chosen_codes(codes, scale, grad, step, math.ceil(share * w.numel()))
+        w.copy_((scale * codes).view_as(w))
+
+
 class PerRow(hestia.Hestia):
     """One scale for each row of W: group_size is None, and step_of says the width."""
     def step_of(self, t, name):
@@ -255,6 +304,51 @@ class Fairy2i(OwnLevels):
 
     def hardened(self, name):
         return fairy(self.latents[name].detach())
+
+
+def rounding_variance(w, s):
+    """The variance of unbiased rounding, gamma^2 d (1 - d), where d is the place of w between its
+    two levels. W's shape. 0 on the grid and outside of it, largest halfway between levels.
+
+    >>> step = hestia.Step(p=1.0, tau=0.0, group_size=None, codebook=TERNARY)
+    >>> rounding_variance(torch.tensor([-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]), step)
+    tensor([0.0000, 0.0000, 0.0850, 0.0483, 0.0733, 0.0000])
+    """
+    gamma = hestia.absmean_scale(w, s.group_size)
+    z = (groups(w, s) / gamma).clamp(-1, 1)  # (n_groups, g)
+    d = z - z.detach().floor()
+    return (gamma**2 * d * (1 - d)).view_as(w)
+
+
+class Lotion(hestia.Hestia):
+    """LOTION (arXiv 2510.08757): the model shows W, and W is rounded at the end. The loss gets the
+    penalty strength / 2 * sum of G * rounding_variance(W), with the gradient strength / 2 * G gamma
+    (1 - 2 d). G is a running mean of (dL/dW)^2 that forgets by 0.95 a step. It is not Adam's v,
+    which would hold the penalty's square too and can run away.
+
+    strength is our choice. The paper's G is the Fisher information, which for a batch of N tokens
+    is about N times our G. At 0.1 M parameters (N = 1024, rate 1e-3, one seed) the hard validation
+    loss is 2.332, 2.306, 2.279, 2.255 at 1, 4e3, 4e4, 4e5, and at rate 9e-3 it is 2.113, 2.123,
+    2.135 at 4e4, 4e5, 4e6. Weights outside of the grid have no penalty and are still rounded.
+    """
+
+    def __init__(self, model, total_steps, *, strength=4e4, **settings):
+        super().__init__(model, total_steps, **settings)
+        self.strength = strength
+        self.squares = {name: torch.zeros_like(w) for name, w in self.latents.items()}
+
+    def parameters(self):  # a saved state holds these, and the optimizer leaves them: no gradient
+        return [*super().parameters(), *self.squares.values()]
+
+    @torch.enable_grad()
+    def pull_back(self):
+        super().pull_back()
+        share = 0.05 / (1 - 0.95**self.begun)  # so that G is a mean from the first step on
+        for name, w in self.latents.items():
+            if w.grad is not None:
+                G = self.squares[name].lerp_(w.grad.square(), share)
+                variance = rounding_variance(w, self.step_of(0, name))
+                (self.strength / 2 * (G * variance).sum()).backward()
 
 
 class Tequila(hestia.Hestia):
@@ -362,9 +456,10 @@ def distilled(teacher, mixed, weight, model, x, y, micro_batches=1, backward=hes
     return backward(loss, x, y, micro_batches)
 
 
-def spectra(steps, optimizer, loss, norm, clip):
+def spectra(qat, optimizer, loss, norm, clip):
     """Spectra (arXiv 2407.12327): 0.69 of the rate from half way on, no decay after two thirds."""
     t = int(next(iter(optimizer.state.values()), {}).get("step", 0))  # also after a resume
+    steps = qat.total_steps
     for group in optimizer.param_groups:
         group["lr"] *= 0.69 if 2 * t >= steps else 1.0  # train sets it anew each step
         group["weight_decay"] *= 0.0 if 3 * t >= 2 * steps else 1.0
@@ -392,10 +487,12 @@ hestia.METHODS.update({
     "hestia-learned": Method("HESTIA, alpha = 0, learned gamma", relax_learned, relax_learned,
                              soft=True),
     "stochastic": Method("stochastic rounding", relax_stochastic, hard_absmean),
+    "lotion": Method("LOTION", hestia.relax_full, hard_absmean),
+    "pv": Method("PV-Tuning", relax_pv, hard_absmean),
 })
 
 # {row: arguments of cls, which is hestia.Hestia by default}. Four more are for make: hook, an
-# on_step(qat, lr, t, record); update(steps, ...); distill, the weight of the KL to the model as it
+# on_step(qat, lr, t, record); update(qat, ...); distill, the weight of the KL to the model as it
 # was, between 0 and 1; scratch, whether to start from random weights.
 ROWS = {
     "hestia-binary": dict(codebook=hestia.BINARY),
@@ -424,6 +521,8 @@ ROWS = {
     "cage": dict(method="absmean", hook=cage),
     "stochastic": dict(method="stochastic", cls=Learned, start=start_on_grid, codebook=TERNARY,
                        hook=round_stochastically),
+    "lotion": dict(method="lotion", cls=Lotion, codebook=TERNARY),
+    "pv": dict(method="pv", cls=Learned, start=start_on_grid, codebook=TERNARY, update=pv),
 }
 LABELS = {"hestia-binary": "HESTIA, binary", "hestia-2bit": "HESTIA, 2 bit", "int2": "INT2",
           "llm-qat": "LLM-QAT", "bitnet": "BitNet, from scratch", "cage": "CAGE",
@@ -468,7 +567,7 @@ def make(name, model, steps, lr, row=None, compile=False, **settings):
     if hook:
         more["on_step"] = partial(hook, qat, lr)
     if update:
-        more["update"] = partial(update, steps)
+        more["update"] = partial(update, qat)
     return qat, more
 
 

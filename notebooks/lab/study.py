@@ -32,7 +32,7 @@ import torch
 import hestia
 import plots
 import train_tiny
-from notebooks.lab import options, rivals, tables
+from notebooks.lab import activations, options, rivals, tables
 
 # {what: {row: arguments of Hestia}}. Two keys are this file's own: what becomes of the scores, and
 # from how many samples they are estimated.
@@ -60,7 +60,7 @@ ABLATIONS = {
     "samples": {f"hestia:samples={m}": dict(samples=m) for m in (5, 50)},
 }
 LINES = {row: {"method": "hestia", **line} for rows in ABLATIONS.values()
-         for row, line in rows.items()}
+         for row, line in rows.items()} | activations.ROWS
 ROWS = [*train_tiny.ROWS, *rivals.ROWS]
 
 

@@ -64,7 +64,8 @@ def ended(row, steps, folder):
 
 # (row, M + N, M): of 80 steps every second is recorded, and 18 of 20 are before the last tenth
 CASES = [("hestia", 80, 45), ("hestia", 20, 19), ("no latents", 20, 9)]
-CASES += [(row, 20, 9) for row in ("full", "absmean", "lsq", "spectra", "stochastic")]
+CASES += [(row, 20, 9) for row in
+          ("full", "absmean", "lsq", "spectra", "stochastic", "lotion", "pv")]
 
 
 @pytest.mark.parametrize("row, steps, first", CASES)

@@ -7,12 +7,14 @@ import pickle
 from contextlib import nullcontext
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import hestia
-from notebooks.lab import fast, rivals
+import plots
+from notebooks.lab import fast, laws, rivals
 
 W = [-1.2, -0.6, -0.3, 0.1, 0.4, 0.9]  # the worked example: mean|w| = 3.5 / 6
 G = [1.0, -2.0, 3.0, 0.5, -1.0, 2.0]  # dL/dW_eff for its gradients
@@ -145,6 +147,124 @@ def test_codes_are_places_in_the_grid_of_the_method():
     for row, codes in {"twn": [-2, -2, 0, 0, 0, 2], "lsq": [-2, -2, 0, 0, 0, 2],
                        "int2-absmax": [-2, 0, 0, 0, 0, 2]}.items():
         assert made(row)[0].codes()["0"].tolist() == [codes], row
+
+
+# -- LOTION and PV-Tuning -------------------------------------------------------------------------
+
+
+def test_the_penalty_of_lotion_by_its_worked_example():
+    w, step = f64([W]).requires_grad_(), STEP
+    penalty = (f64([G]).square() * rivals.rounding_variance(w, step)).sum() / 2
+    (gradient,) = torch.autograd.grad(penalty, w)
+    expected = f64([[0, 0, 0.075, 0.047917, -0.108333, 0]])
+    assert penalty.item() == pytest.approx(0.425208, abs=1e-6) and close(gradient, expected)
+    for strength in (1.0, 10.0):  # and in the loop, where G is g^2 after the first step
+        qat, _ = made("lotion", strength=strength)
+        qat.relax(0)
+        assert torch.equal(qat.model[0].weight, torch.tensor([W]))  # the forward pass is exact
+        qat.model[0].weight.grad = torch.tensor([G])
+        qat.pull_back()
+        found = qat.latents["0"].grad - torch.tensor([G])
+        assert close(found.double(), strength * expected)
+
+
+def test_the_variance_of_lotion_is_that_of_stochastic_rounding():
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(2, 12, generator=generator, dtype=torch.float64)
+    step, n = STEP._replace(group_size=4), 40_000
+    scale = w.view(-1, 4).abs().mean(1).repeat_interleave(4).view_as(w)
+    # up with the chance that makes the mean right; what lies outside goes to the end of the grid
+    z = (w / scale).clamp(-1, 1)
+    up = torch.rand(n, *w.shape, generator=generator, dtype=torch.float64) < z - z.floor()
+    drawn = scale * (z.floor() + up)
+    assert close(drawn.mean(0), scale * z, 0.02)
+    variance = rivals.rounding_variance(w, step)
+    # the error of a sample variance is at most the levels' distance squared over 2 sqrt(n)
+    assert ((drawn.var(0) - variance).abs() <= 4 * scale.square() / (2 * n**0.5)).all()
+    assert (variance > 0).sum() > 8 and (variance == 0).sum() > 4
+
+
+def test_the_running_square_of_lotion_is_adams():
+    p, (qat, _) = nn.Parameter(torch.tensor([W])), made("lotion", strength=1e3)
+    adam = torch.optim.Adam([p], betas=(0.9, 0.95))
+    for t in range(4):
+        gradient = torch.tensor([G]) * (1 + t)
+        p.grad = gradient.clone()
+        adam.step()
+        qat.relax(t)
+        qat.model[0].weight.grad = gradient
+        qat.pull_back()
+        v = adam.state[p]["exp_avg_sq"] / (1 - 0.95 ** (t + 1))
+        torch.testing.assert_close(qat.squares["0"], v)  # no penalty in it
+        qat.latents["0"].grad = None
+    assert any(x is qat.squares["0"] for x in qat.parameters())  # so that a saved state holds it
+
+
+def test_pv_tuning_by_its_worked_example():
+    codes, scale, g = f64([[-1, -1, -1, 0, 1, 1]]), f64([[GAMMA]]), f64([G])
+    chosen = lambda step, count: rivals.chosen_codes(codes, scale, g, step, count).tolist()
+    assert chosen(0.2, 2) == [[-1, 0, -1, 0, 1, 1]]
+    assert chosen(0.3, 1) == codes.tolist()  # the third, which is pushed past the end of the grid
+    assert chosen(0.3, 3) == [[-1, 0, -1, 0, 1, 0]] == chosen(0.3, 6)
+    for before, slope in ((codes, -1.0), (f64([[-1, 0, -1, 0, 1, 1]]), -3.0)):
+        own = f64([GAMMA]).requires_grad_()
+        w = (GAMMA * before).requires_grad_()
+        W_eff = rivals.relax_pv(w, STEP, own)
+        W_eff.backward(g)
+        assert torch.equal(W_eff, w) and close(own.grad, f64([slope])) and torch.equal(w.grad, g)
+
+
+def test_ties_of_pv_tuning_go_by_index():
+    codes, scale = torch.zeros(2, 40), torch.ones(2, 1)
+    found = rivals.chosen_codes(codes, scale, -torch.ones(2, 40), step=1.0, count=50)
+    assert found.flatten().tolist() == [1.0] * 50 + [0.0] * 30
+
+
+def test_a_step_of_pv_tuning_changes_few_codes_and_ends_on_the_grid():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 20, bias=False))
+    qat, more = rivals.make("pv", model, 10, 1e-3, group_size=20)
+    optimizer, w, own = hestia.adamw(qat.parameters(), 1e-3), qat.latents["0"], qat.own["0"]
+    grad = torch.randn(20, 40)
+    for lr, changes in ((1e-3, 0), (1.0, 8)):  # 1 % of 800; a short step reaches no other code
+        codes, scale = w.sign(), own["scale"].detach().clone()
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr
+        qat.relax(0)
+        model[0].weight.grad = grad.clone()
+        qat.pull_back()
+        slope = (grad * codes).view(40, 20).sum(1)
+        torch.testing.assert_close(own["scale"].grad, slope)
+        more["update"](optimizer, torch.tensor(1.0), torch.tensor(1.0), 1e9)
+        optimizer.zero_grad()
+        changed = w.sign() != codes
+        assert 0 <= int(changed.sum()) <= changes and (lr < 1 or changed.any())
+        largest = grad.abs().flatten().topk(8).indices
+        assert set(changed.flatten().nonzero().flatten().tolist()) <= {*largest.tolist()}
+        assert not torch.equal(own["scale"], scale)
+        expected = own["scale"].detach().repeat_interleave(20).view(20, 40) * w.sign()
+        assert torch.equal(w, expected)
+    with pytest.raises(hestia.Diverged):
+        more["update"](optimizer, torch.tensor(math.nan), torch.tensor(1.0), 1.0)
+
+
+def test_the_law_of_co_qat_by_its_worked_numbers():
+    share = lambda *run: laws.best_share(laws.tokens_per_byte(*run))
+    found = [share(10e9, 1e9, 2), share(100e9, 1e9, 2), share(2e12, 134.5e6, 1.58)]
+    assert found == pytest.approx([0.161, 0.325, 0.549], abs=5e-4)
+    for f in (0.1, 0.5):  # the other way round: ln S = -a / ln f
+        assert laws.best_share(math.exp(-6.7297 / math.log(f))) == pytest.approx(f)
+    with pytest.raises(ValueError, match=r"0\.617 tokens per byte of weights: the law begins"):
+        share(16.4e6, 134.5e6, 1.58)
+
+
+def test_the_figure_of_the_law_has_both_models_and_our_runs():
+    ax = laws.shares()
+    one, small, *runs = ax.get_lines()
+    at = lambda line, D: np.interp(math.log(D), np.log(line.get_xdata()), line.get_ydata())
+    assert at(one, 79e9) == pytest.approx(laws.best_share(400), abs=2e-3)
+    assert at(small, 2e12) == pytest.approx(0.549, abs=1e-3) and len(runs) == len(laws.RUNS)
+    assert all(abs(line.get_ydata()[0] - at(small, line.get_xdata()[0])) > 0.1 for line in runs)
+    plots.plt.close("all")
 
 
 # -- Tequila ---------------------------------------------------------------------------------------
@@ -501,7 +621,7 @@ def test_bits_per_weight_by_hand():
     three, model = math.log2(3), nn.Sequential(nn.Linear(32, 16, bias=False))
     bits = {"hestia-binary": 1 + 1, "int2": 2 + 1, "lsq": three + 1, "dlt": three + 2,
             "tequila": three + 1 + 0.5, "fairy2i": 2 + 1 / 4, "llm-qat": 2 + 0.5,
-            "bitnet": three + 1 / 32, "cage": three + 1}
+            "bitnet": three + 1 / 32, "cage": three + 1, "lotion": three + 1, "pv": three + 1}
     for row, expected in bits.items():
         line = {**rivals.ROWS[row], "scratch": False}
         qat, _ = rivals.make(row, copy.deepcopy(model), 4, 1e-3, line, group_size=16)
