@@ -951,20 +951,19 @@ def load_llama(path, dtype=None, device="cpu"):
 def save_llama(model, path):
     """Write a Hugging Face folder that other software loads, and read it back. Returns the path.
 
-    Linear weights go to bfloat16 where that is exact, as after harden(); the rest keeps bfloat16 or
-    is float32. Tokenizer files come from where the model was loaded. The folder appears whole or
-    not at all; FileExistsError if it holds something already.
+    Tensors go to bfloat16 where that is exact, as linear weights are after harden(), or else to
+    float32. Tokenizer files come from where the model was loaded. The folder appears whole or not
+    at all; FileExistsError if it holds something already.
     """
     from safetensors.torch import save_file
     path, (source, raw) = Path(path), getattr(model, "origin", (None, {}))
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is not an empty folder; name another, or remove it")
-    linear, tensors = [name + ".weight" for name in linear_layers(model)], {}
+    tensors = {}
     for name, p in model.named_parameters():  # without a tied head
         w = p.detach().cpu()
-        narrow = w.bfloat16()
-        exact = torch.equal(narrow.to(w.dtype), w) if name in linear else w.dtype == narrow.dtype
-        tensors[name] = (narrow if exact else w.float()).contiguous()
+        exact = torch.equal(w.bfloat16().to(w.dtype), w)
+        tensors[name] = (w.bfloat16() if exact else w.float()).contiguous()
     kinds = {t.dtype for t in tensors.values()}
     raw = {k: v for k, v in raw.items() if k not in ("rope_parameters", "dtype")}  # said below
     config = {"max_position_embeddings": 2048, **raw, **asdict(model.config), "model_type": "llama",
@@ -972,14 +971,15 @@ def save_llama(model, path):
               "torch_dtype": "bfloat16" if kinds == {torch.bfloat16} else "float32"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(suffix=".tmp", dir=path.parent) as aside:
-        made = Path(aside) / path.name
-        made.mkdir()
-        kept = ("tokenizer", "special_tokens", "vocab", "merges", "chat_template", "generation_")
+        (made := Path(aside) / path.name).mkdir()
+        kept = ("tokenizer", "special_tokens", "added_tokens", "vocab", "merges", "chat_template",
+                "generation_")
         for file in source.iterdir() if source else ():
             if file.name.startswith(kept) and file.is_file():
-                shutil.copy(file, made)
+                shutil.copyfile(file, made / file.name)  # not its mode
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         save_file(tensors, made / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(made / "config.json", made / "model.safetensors")  # or none else reads it
         written = dict(load_llama(made, torch.float32).named_parameters())
         for name, p in model.named_parameters():
             if not torch.equal(written[name], p.detach().cpu().float()):

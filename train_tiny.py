@@ -81,6 +81,7 @@ class Config:
     device: str = option("", "cpu, cuda, cuda:1, ...; default: a GPU if there is one")
     compile: bool = option(False, "compile the model and the passes over the weights")
     packed: bool = option(False, "with --llama: also write two bits per weight")
+    gguf: bool = option(False, "with --llama: also write a file for llama.cpp")
     out: str = option("", "folder of this run; default: a new one under out/")
     resume: bool = option(False, "go on with the interrupted run in --out")
     save_minutes: float = option(5.0, "least minutes between saves of a training, for --resume", 0)
@@ -96,8 +97,7 @@ PRESETS = {  # what each changes. paper: Table 5; bring more text than the defau
 }
 
 ROWS = {  # a line of the table: arguments of Hestia. notebooks/lab/rivals.py has other methods
-    "full": dict(method="full"),
-    "absmean": dict(method="absmean"),
+    "full": dict(method="full"), "absmean": dict(method="absmean"),
     "hestia-no-hessian": dict(alpha=0.0),
     "hestia": dict(),
 }
@@ -128,8 +128,8 @@ def check(config):
         if f.type in (int, float) and not least <= value <= most:
             name = f.name.replace("_", "-")
             raise ValueError(f"--{name} is {value}; expected a number from {least:g} to {most:g}")
-    special = config.val_data, config.llama, config.packed, config.device, config.micro_batches > 1
-    if any(special) or config.sensitivity != "hutchpp" or config.heads % 2:
+    rare = config.val_data, config.llama, config.packed, config.gguf, config.device
+    if any(rare) or config.sensitivity != "hutchpp" or config.heads % 2 or config.micro_batches > 1:
         lab("options").check(config)
     config.methods = tuple(dict.fromkeys(config.methods))
     config.device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -336,11 +336,11 @@ def run_row(config, name, model, entry, tokens, seed, folder, row=None):
     if qat.method is not hestia.METHODS["full"]:
         numbers["changed_last_tenth"] = watch.changed()
     qat.harden()
-    numbers |= losses(config, model, tokens)
-    if not config.llama:
-        save_checkpoint(folder / f"{path.stem}.pt", model)
+    if config.llama:
+        numbers |= lab("options").save(config, name, model, folder / path.stem, entry, tokens)
     else:
-        lab("options").save(config, model, folder / path.stem)
+        numbers |= losses(config, model, tokens)
+        save_checkpoint(folder / f"{path.stem}.pt", model)
     write(path.with_suffix(".npz"), lambda half: np.savez_compressed(half, **watch.arrays()))
     write_json(path, {"row": numbers, "log": log})
     path.with_suffix(".state").unlink(missing_ok=True)  # it is large

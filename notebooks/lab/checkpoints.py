@@ -2,6 +2,7 @@
 
     python -m notebooks.lab.checkpoints SOURCE TARGET             # to a plain Hugging Face folder
     python -m notebooks.lab.checkpoints SOURCE TARGET --packed    # to two bits per ternary weight
+    python -m notebooks.lab.checkpoints SOURCE FILE --gguf        # to a file for llama.cpp
 
 SOURCE is a folder of any of the three formats:
 
@@ -10,11 +11,13 @@ SOURCE is a folder of any of the three formats:
     Meta's   params.json, consolidated.00.pth          load
 
 The packed layout is compressed-tensors' "pack-quantized" with 2 bits, which transformers loads. At
-group size 128 it takes 2.125 bits per weight. Nothing in a checkpoint is executed.
+group size 128 it takes 2.125 bits per weight. With 4 bits vLLM loads it, too. gguf_file.py has what
+is said of GGUF. Nothing in a checkpoint is executed.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -64,6 +67,8 @@ def check_folder(folder, weights=True):
         found = "is no folder" if folder.exists() else "does not exist"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             found += f" here; if it is on the Hugging Face Hub: hf download {folder} --local-dir X"
+        if folder.is_file() and folder.suffix == ".gguf":
+            found = "is a GGUF file, which is only written here"
         raise ValueError(f"{folder} {found}; expected a folder with config.json, model.safetensors")
     there = {file.name for file in folder.iterdir()}
     for name in sorted(there):
@@ -73,6 +78,8 @@ def check_folder(folder, weights=True):
         found = "holds no Llama" if there else "is empty"
         if "snapshots" in there:
             found = "is the Hub's cache of a model, which is in its snapshots/"
+        if "adapter_config.json" in there:
+            found = "is an adapter, which peft's merge_and_unload puts into its model"
         raise ValueError(f"{folder} {found}; expected a config.json or a params.json in it")
     if weights and (lacking := _lacking(folder, there)):
         again = f"copy or download {lacking} again"
@@ -142,12 +149,12 @@ def check_zip(path):
 # packed: two bits per weight
 
 
-def pack_ternary(w, group_size):
-    """Ternary weights (out, in) as codes of two bits, and the scales.
+def pack_ternary(w, group_size, bits=2):
+    """Ternary weights (out, in) as codes of two bits, or four, and the scales.
 
-    Returns codes, int32 (out, ceil(in / 16)), code t as t + 2 from the lowest bits up; and gamma,
-    (out, groups), such that w = gamma * t. group_size=None: one group per row. ValueError where a
-    group holds more than {-gamma, 0, +gamma}.
+    Returns codes, int32 (out, ceil(in / 16)), or in / 8; code t as t + 2, or 8, from the lowest
+    bits up; and gamma, (out, groups), such that w = gamma * t. group_size=None: one group per row.
+    ValueError where a group holds more than {-gamma, 0, +gamma}.
 
     >>> w = torch.tensor([[0.5, -0.5, 0.0, 0.5, 0.25, 0.0, 0.0, -0.25]])
     >>> codes, gamma = pack_ternary(w, 4)
@@ -162,40 +169,68 @@ def pack_ternary(w, group_size):
     gamma, t = groups.abs().amax(-1), groups.sign()  # (out, groups), (out, groups, g)
     if not torch.equal(gamma.unsqueeze(-1) * t, groups):
         raise ValueError(f"not ternary in groups of {group_size}; expected only -gamma, 0, +gamma")
-    bits = F.pad(t.view(out, width).long() + 2, (0, -width % 16)).view(out, -1, 16)
-    codes = (bits << torch.arange(0, 32, 2, device=w.device)).sum(-1)  # (out, ceil(in / 16))
+    each, zero = 32 // bits, 2 ** (bits - 1)  # codes in a whole number, and the code of 0
+    t = F.pad(t.view(out, width).long() + zero, (0, -width % each)).view(out, -1, each)
+    codes = (t << torch.arange(0, 32, bits, device=w.device)).sum(-1)  # (out, ceil(in / each))
     return (codes - (codes >> 31 << 32)).int(), gamma  # the highest bit is int32's sign
 
 
-def unpack_ternary(codes, gamma, width):
+def unpack_ternary(codes, gamma, width, bits=2):
     """The weights (out, width) from what pack_ternary returned, exactly, in gamma's dtype.
 
     ValueError where it cannot have returned these.
     """
-    t = (codes.unsqueeze(-1) >> torch.arange(0, 32, 2, device=codes.device)) & 3
-    t = t.flatten(1)[:, :width].reshape(*gamma.shape, -1) - 2  # (out, groups, g)
-    if (t < -1).any() or not (gamma >= 0).all() or gamma.isinf().any():
-        raise ValueError("codes of -2, or scales that are negative or not finite; expected codes "
-                         "-1, 0, +1 and scales of 0 or more")
+    t = (codes.unsqueeze(-1) >> torch.arange(0, 32, bits, device=codes.device)) & (2**bits - 1)
+    t = t.flatten(1)[:, :width].reshape(*gamma.shape, -1) - 2 ** (bits - 1)  # (out, groups, g)
+    if (t.abs() > 1).any() or not (gamma >= 0).all() or gamma.isinf().any():
+        raise ValueError("codes beyond -1 and 1, or scales that are negative or not finite; "
+                         "expected codes -1, 0, +1 and scales of 0 or more")
     return (gamma.unsqueeze(-1) * t.to(gamma.dtype)).view(len(codes), width)
 
 
-def save_packed(model, path, group_size=128):
+def find_group_size(model):
+    """The largest number of weights that share a scale in all linear layers. ValueError: no two do.
+
+    It divides all widths. Packed layouts and GGUF have one group size for all layers.
+
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 1))
+    >>> model[0].weight.data = torch.tensor([[0.5, -0.5, 0.0, 0.5, 0.25, 0.0, 0.0, -0.25]])
+    >>> find_group_size(model)
+    4
+    """
+    weights = [layer.weight.detach().float() for layer in hestia.linear_layers(model).values()]
+    widest = math.gcd(*(w.shape[1] for w in weights))
+    for size in (g for g in range(widest, 1, -1) if widest % g == 0):
+        try:
+            for w in weights:
+                pack_ternary(w, size)
+            return size
+        except ValueError:
+            pass  # a smaller one may do
+    raise ValueError("the linear weights are not ternary; expected -gamma, 0, +gamma in groups, as "
+                     "harden() leaves them")
+
+
+def save_packed(model, path, group_size=128, bits=2):
     """Write a folder of two bits per linear weight, read it back and compare. Returns the path.
 
-    group_size: weights that share a scale; None for one scale per row. All that is not a linear
-    weight is as in hestia.save_llama. The folder appears whole or not at all. FileExistsError if it
-    holds something; ValueError names a tensor that is not ternary in these groups.
+    group_size: weights that share a scale; None for one scale per row, which is written once for
+    as many weights as divide all widths, since llama.cpp's converter reads nothing else. bits: of a
+    weight, 2 or 4; vLLM has no kernel for 2. All that is not a linear weight is as in
+    hestia.save_llama. The folder appears whole or not at all. FileExistsError if it holds
+    something; ValueError names a tensor that is not ternary in these groups.
     """
     from safetensors.torch import load_file, save_file
 
     path, packed = Path(path), {}
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} is not an empty folder; name another, or remove it")
-    for name, layer in hestia.linear_layers(model).items():
+    layers = hestia.linear_layers(model)
+    group_size = group_size or math.gcd(*(layer.weight.shape[1] for layer in layers.values()))
+    for name, layer in layers.items():
         w = layer.weight.detach().cpu().float()
         try:
-            codes, gamma = pack_ternary(w, group_size)
+            codes, gamma = pack_ternary(w, group_size, bits)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         narrow = gamma.bfloat16()  # exact after harden()
@@ -209,12 +244,13 @@ def save_packed(model, path, group_size=128):
         made = Path(aside) / path.name
         shutil.copytree(plain, made, ignore=shutil.ignore_patterns("*.safetensors"))
         config = read_json(plain / "config.json")
-        config["quantization_config"] = _quantization(group_size)
+        config["quantization_config"] = _quantization(group_size, bits)
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = load_file(plain / "model.safetensors")
-        for name in hestia.linear_layers(model):
+        for name in layers:
             del tensors[name + ".weight"]
         save_file(tensors | packed, made / "model.safetensors", metadata={"format": "pt"})
+        shutil.copymode(made / "config.json", made / "model.safetensors")  # others may read it
         del tensors, packed
         _, written = _read_packed(made, config)
         for name, p in model.named_parameters():  # without a tied head
@@ -224,10 +260,10 @@ def save_packed(model, path, group_size=128):
     return path
 
 
-def _quantization(group_size):
+def _quantization(group_size, bits):
     """What config.json says of packed weights, in compressed-tensors' words."""
-    scheme = {"num_bits": 2, "type": "int", "symmetric": True, "dynamic": False,
-              "strategy": "group" if group_size else "channel", "group_size": group_size}
+    scheme = {"num_bits": bits, "type": "int", "symmetric": True, "dynamic": False,
+              "strategy": "group", "group_size": group_size}
     return {"quant_method": "compressed-tensors", "format": "pack-quantized",
             "quantization_status": "compressed", "ignore": ["lm_head"],
             "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}}}
@@ -241,41 +277,41 @@ def _read_packed(folder, raw):
     try:
         (group,) = described["config_groups"].values()
         scheme = group["weights"]
-        group_size = scheme.get("group_size")
+        group_size, bits = scheme.get("group_size"), scheme["num_bits"]
         known = described["format"] == "pack-quantized" and scheme["symmetric"]
-        known = known and (scheme["num_bits"], scheme["type"]) == (2, "int")
+        known = known and bits in (2, 4) and scheme["type"] == "int"
         known = known and (group_size is None or group_size > 0)
     except (TypeError, KeyError, AttributeError, ValueError):
         known = False
     if not known:
         raise ValueError(f"{folder} is quantized otherwise than by save_packed; expected "
-                         "pack-quantized weights of 2 bits, symmetric, with one group size")
+                         "pack-quantized weights of 2 or 4 bits, symmetric, with one group size")
     if not (folder / "model.safetensors").exists():
         raise ValueError(f"{folder} is packed in several files; expected one model.safetensors")
     tensors = load_file(folder / "model.safetensors")
     for name in [n.removesuffix("_packed") for n in tensors if n.endswith(".weight_packed")]:
         codes = tensors.pop(name + "_packed")
         gamma, shape = tensors.pop(name + "_scale", None), tensors.pop(name + "_shape", None)
-        if not _fits(codes, gamma, shape, group_size):
+        if not _fits(codes, gamma, shape, group_size, bits):
             raise ValueError(f"{folder} packs {name} into codes, scales and a shape that do not "
                              f"fit each other and groups of {group_size or 'a row'}")
         if name in tensors:
             raise ValueError(f"{folder} has {name} beside {name}_packed; expected one of them")
         try:
-            tensors[name] = unpack_ternary(codes, gamma, int(shape[1]))
+            tensors[name] = unpack_ternary(codes, gamma, int(shape[1]), bits)
         except ValueError as error:
             raise ValueError(f"{folder} packs {name} into {error}") from None
     return {key: raw[key] for key in raw if key != "quantization_config"}, tensors
 
 
-def _fits(codes, gamma, shape, group_size):
-    """Whether codes, int32 (out, ceil(in / 16)), gamma, (out, groups), and shape, (2,), agree."""
+def _fits(codes, gamma, shape, group_size, bits):
+    """Whether codes, int32 (out, ceil(in * bits / 32)), gamma, (out, groups), and shape fit."""
     if gamma is None or shape is None or shape.shape != (2,) or shape.dtype != torch.int64:
         return False
     out, width = shape.tolist()
     groups = width // (group_size or width or 1)
     return (codes.dtype == torch.int32 and gamma.is_floating_point()
-            and codes.shape == (out, -(-width // 16)) and gamma.shape == (out, groups)
+            and codes.shape == (out, -(-width * bits // 32)) and gamma.shape == (out, groups)
             and groups * (group_size or width) == width)
 
 
@@ -404,29 +440,60 @@ def _load(folder, dtype, device):
     return model
 
 
+def add_papers(folder, source, card=None):
+    """Licence, further files of the tokenizer and a model card, into a folder that was written.
+
+    card: what README.md says; None for the source's own.
+    """
+    wanted = r"(?i)licen[cs]e|notice|use_policy|added_tokens" + "|readme.md" * (card is None)
+    for path in Path(source).iterdir():
+        if path.is_file() and re.match(wanted, path.name):
+            shutil.copyfile(path, folder / path.name)
+        elif path.is_dir() and path.name == "additional_chat_templates":
+            shutil.copytree(path, folder / path.name, copy_function=shutil.copyfile)
+    if card:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def main(arguments=None):
     description, _, rest = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(prog="python -m notebooks.lab.checkpoints", epilog=rest,
                                      description=description,
                                      formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", type=Path, help="a folder with a Llama")
-    parser.add_argument("target", metavar="TARGET", type=Path, help="the folder to make")
+    parser.add_argument("target", metavar="TARGET", type=Path, help="the folder or file to make")
     parser.add_argument("--packed", action="store_true", help="two bits per ternary weight")
-    parser.add_argument("--group-size", type=int, default=128, metavar="G", help="with --packed: "
-                        "weights that share a scale; 0: a scale per row (default: 128)")
+    parser.add_argument("--bits", type=int, default=2, choices=(2, 4), help="with --packed: of a "
+                        "weight; 4 for vLLM (default: 2)")
+    parser.add_argument("--group-size", type=int, metavar="G", help="with --packed: weights that "
+                        "share a scale; 0: a scale per row (default: as the weights have it)")
+    parser.add_argument("--gguf", action="store_true", help="one file for llama.cpp")
+    parser.add_argument("--type", choices=("TQ2_0", "TQ1_0", "Q2_0", "BF16", "F16", "F32"),
+                        help="with --gguf: of the linear weights (default: the best that fits)")
     options = parser.parse_args(arguments)
     try:
         model = load(options.source)
     except (ValueError, ImportError) as error:
         parser.exit(2, f"{error}\n")
+    chosen = ""
     try:
-        if options.packed:
-            save_packed(model, options.target, options.group_size or None)
+        if options.gguf:
+            from notebooks.lab import gguf_file
+
+            kind, why = gguf_file.save_gguf(model, options.target, options.type)
+            chosen = f", {kind}: {why}"
+        elif options.packed:
+            size = options.group_size
+            size = find_group_size(model) if size is None else size or None
+            save_packed(model, options.target, size, options.bits)
+            chosen = f", {options.bits} bits each in groups of {size or 'a row'}"
         else:
             hestia.save_llama(model, options.target)
+        if not options.gguf:
+            add_papers(options.target, options.source)
     except Exception as error:  # what a full disk may raise, too
         parser.exit(2, f"{options.target} was not made: {textwrap.shorten(str(error), 500)}\n")
-    print(f"{options.target}: {sum(p.numel() for p in model.parameters()):,} weights")
+    print(f"{options.target}: {sum(p.numel() for p in model.parameters()):,} weights{chosen}")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -34,22 +36,31 @@ def check(config):
     if config.heads % 2 and not config.llama:
         raise ValueError(f"--heads is {config.heads}; expected an even number, since half as many "
                          "are key-value heads")
-    if config.packed and not config.llama:
-        raise ValueError("--packed needs --llama; expected the folder of a Llama to start from")
+    for option in ("packed", "gguf"):
+        if getattr(config, option) and not config.llama:
+            raise ValueError(f"--{option} needs --llama; expected the folder of a Llama to start "
+                             "from")
     try:
         torch.zeros(1, device=config.device or "cpu").item()
     except (RuntimeError, AssertionError, ImportError) as error:
         why = str(error).partition("\n")[0]
         raise ValueError(f"--device {config.device} cannot be used: {why}") from None
-    for name in config.methods if config.packed else ():
+    for name in config.methods if config.packed or config.gguf else ():
         if name != "full":
             check_packed(config, name)
     if config.llama:
-        load_once(config.llama)  # now, not after a long text was tokenized
+        source = load_once(config.llama)  # now, not after a long text was tokenized
+        if config.gguf:
+            importlib.import_module("notebooks.lab.gguf_file")  # or say what to install
+        for name, layer in hestia.linear_layers(source).items() if config.gguf else ():
+            size = config.group_size or layer.weight.shape[1]
+            if size % 64:
+                raise ValueError(f"--gguf has no type for groups of {size} weights ({name}); "
+                                 "expected --group-size 256 (x86) or another multiple of 64")
 
 
 def check_packed(config, name):
-    """ValueError unless this method leaves what --packed can write."""
+    """ValueError unless this method leaves what --packed and --gguf can write."""
     width = config.group_size or 8
     small = hestia.Llama(hestia.LlamaConfig(
         vocab_size=2, hidden_size=width, intermediate_size=width, num_hidden_layers=1,
@@ -63,7 +74,8 @@ def check_packed(config, name):
         except ValueError:
             layer.bias = layer.weight  # as those that add a bias
         if layer.bias is not None:
-            raise ValueError(f"--packed cannot hold what {name} leaves; leave out one of them")
+            option = "packed" if config.packed else "gguf"
+            raise ValueError(f"--{option} cannot hold what {name} leaves; leave out one of them")
 
 
 @functools.lru_cache(1)
@@ -78,15 +90,71 @@ def llama(config):
     return copy.deepcopy(load_once(config.llama)).to(config.device)
 
 
-def save(config, model, path):
-    """The Llama as a Hugging Face folder and, if it is ternary, as one of two bits per weight."""
-    packed = path.with_name(path.name + "-packed")
+def save(config, name, model, path, entry, tokens):
+    """The trained Llama as a folder, and what else was asked for. Returns {split: loss} of it.
+
+    What bfloat16 held in the source (embedding, norms) is rounded to it first, so that the losses
+    are those of the folder. entry: what the methods of a seed share.
+    """
+    packed, file = (path.with_name(path.name + ending) for ending in ("-packed", ".gguf"))
     for left in (path, packed):
         if left.exists():  # an interrupted run got so far
             shutil.rmtree(left)
+    file.unlink(missing_ok=True)
+    round_rest(model, load_once(config.llama))
+    losses = train_tiny.losses(config, model, tokens)
+    text = card(config, name, path, entry["before"], losses)
     hestia.save_llama(model, path)
-    if config.packed and not path.name.startswith("full-"):
+    checkpoints.add_papers(path, config.llama, text)
+    if config.packed and name != "full":
         checkpoints.save_packed(model, packed, config.group_size or None)
+        checkpoints.add_papers(packed, config.llama, text)
+    if config.gguf and name != "full":
+        from notebooks.lab import gguf_file
+
+        kind, why = gguf_file.save_gguf(model, file, folder=path)
+        print(f"{file} is {kind}: {why}", flush=True)
+    return losses
+
+
+@torch.no_grad()
+def round_rest(model, source):
+    """Round to bfloat16 what is no linear weight, and what bfloat16 held in the source."""
+    before = dict(source.named_parameters())
+    linear = {f"{name}.weight" for name in hestia.linear_layers(model)}
+    for name, p in model.named_parameters():  # without a tied head
+        w = before[name]
+        if name not in linear and torch.equal(w.bfloat16().to(w.dtype), w):
+            p.copy_(p.bfloat16())
+
+
+def card(config, name, path, before, after):
+    """README.md of a folder, for whoever finds it: front matter, method, settings and losses."""
+    source = Path(config.llama).resolve()
+    hub = re.search(r"models--([^/]+)--([^/]+)/snapshots", source.as_posix())
+    base, licence = "/".join(hub.groups()) if hub else source.name, ""
+    if (source / "README.md").is_file():  # only its owner can say the licence
+        front = (source / "README.md").read_text("utf-8", errors="replace").split("\n---")[0]
+        licence = "".join(re.findall(r"^license.*\n", front + "\n", re.M))
+    about = checkpoints.read_json(path.parent / "config.json")["data"]
+    share = f"{config.group_size} weights" if config.group_size else "matrix"
+    weights = "in full precision"
+    if name != "full":
+        weights = f"quantized, one scale per {share}, stored dequantized"
+    settings = {"method": name, "linear weights": weights, "text": Path(about["source"]).name,
+                "its SHA-256": about["sha256"], "seed": path.name.rpartition("-seed")[2]}
+    settings |= {key: getattr(config, key) for key in (
+        "steps", "lr", "batch_size", "block_size", "rho", "alpha", "kappa", "sensitivity",
+        "distill")}
+    rows = [f"| {key.replace('_', ' ')} | {value} |" for key, value in settings.items()]
+    losses = [f"| {split} | {before[split]:.4f} | {after[split]:.4f} |" for split in after]
+    return "\n".join([
+        "---", f"base_model: {json.dumps(base)}", f"{licence}library_name: transformers",
+        "tags: [ternary, quantization-aware-training, hestia]", "---", "", f"# {base}, {name}", "",
+        "Trained by train_tiny.py of HESTIA (arXiv 2601.20745) from the base model.", "",
+        "| | |", "|---|---|", *rows, "",
+        f"Loss in nats per {about['unit']}:", "", "| text | before | after |", "|---|---|---|",
+        *losses, ""])
 
 
 def check_resume(config, about):

@@ -22,6 +22,7 @@ import torch
 from test_options import damage
 
 import hestia
+import train_tiny
 from notebooks.lab import checkpoints
 
 safetensors = pytest.importorskip("safetensors.torch")
@@ -84,9 +85,12 @@ def test_a_packed_folder_is_read_alike_by_us_and_by_transformers(group_size, tmp
     stored = safetensors.load_file(path / "model.safetensors")
     small = [t for name, t in stored.items() if name.endswith(("_packed", "_scale"))]
     bits = 8 * sum(t.numel() * t.element_size() for t in small)
-    rows = sum(len(layer.weight) for layer in hestia.linear_layers(model).values())
     weights = sum(layer.weight.numel() for layer in hestia.linear_layers(model).values())
-    assert bits == 2 * weights + 16 * (weights // 16 if group_size else rows)
+    # a scale per row is written once for 32 weights, which divide the widths 32 and 64
+    assert bits == 2 * weights + 16 * (weights // (group_size or 32))
+    raw = json.loads((path / "config.json").read_text("utf-8"))["quantization_config"]
+    scheme = raw["config_groups"]["group_0"]["weights"]
+    assert (scheme["strategy"], scheme["group_size"]) == ("group", group_size or 32)
 
     pytest.importorskip("compressed_tensors")
     transformers = pytest.importorskip("transformers")
@@ -94,6 +98,31 @@ def test_a_packed_folder_is_read_alike_by_us_and_by_transformers(group_size, tmp
     ids = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (theirs(ids).logits - again(ids)).abs().max() < 2e-4
+
+
+def test_four_bits_are_read_alike_by_us_and_by_transformers(tmp_path):
+    """vLLM has kernels for these."""
+    w = torch.tensor([[2.0] + [0.0] * 7 + [-2.0]])
+    codes, gamma = checkpoints.pack_ternary(w, None, 4)
+    assert [code & 0xFFFFFFFF for code in codes[0].tolist()] == [0x88888889, 0x7]  # padded by 0
+    assert torch.equal(checkpoints.unpack_ternary(codes, gamma, 9, 4), w)
+    model = ternary_llama()
+    path = checkpoints.save_packed(model, tmp_path / "packed", 16, bits=4)
+    again = checkpoints.load(path)
+    assert same_weights(again, model)
+    pytest.importorskip("compressed_tensors")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ids = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids).logits - again(ids)).abs().max() < 2e-4
+
+
+def test_the_group_size_is_found_in_the_weights():
+    for group_size, found in [(4, 4), (16, 16), (32, 32), (None, 32)]:
+        assert checkpoints.find_group_size(ternary_llama(group_size)) == found
+    with pytest.raises(ValueError, match="weights are not ternary; expected -gamma, 0, "):
+        checkpoints.find_group_size(random_llama())
 
 
 def test_save_packed_refuses_and_leaves_nothing_behind(tmp_path, monkeypatch):
@@ -158,9 +187,10 @@ def test_packed_folders_that_do_not_fit_are_refused(tmp_path):
         return change
 
     otherwise, no_fit = "quantized otherwise than by save_packed", "do not fit each other"
-    no_code = "up_proj.weight into codes of -2, or scales that are negative or not finite"
+    no_code = "up_proj.weight into codes beyond -1 and 1, or scales that are negative or not finite"
     cases = [
-        (scheme(num_bits=4), otherwise), (scheme(symmetric=False), otherwise),
+        (scheme(num_bits=8), otherwise), (scheme(symmetric=False), otherwise),
+        (scheme(num_bits=4), no_fit),  # of two bits
         (scheme(group_size="16"), otherwise), (scheme(group_size=-1), otherwise),
         (scheme(group_size=8), no_fit), (scheme(group_size=None), no_fit),
         (scheme(group_size=15), no_fit),
@@ -515,6 +545,8 @@ SENTENCES = {  # what the sentence says: what is done to a plain folder
         emptied(p, "config.json", "model.safetensors"), (p / "tokenizer.model").touch()),
     "plain is the Hub's cache of a model, which is in its snapshots/": lambda p: (
         emptied(p, "config.json", "model.safetensors"), (p / "snapshots").mkdir()),
+    "plain is an adapter, which peft's merge_and_unload puts into its model; expected": lambda p: (
+        emptied(p, "config.json", "model.safetensors"), (p / "adapter_config.json").touch()),
     "plain has no model.safetensors; copy or download model.safetensors again":
         lambda p: emptied(p, "model.safetensors"),
     "plain has no model.safetensors; of its pytorch_model.bin this makes them: python -c":
@@ -549,6 +581,9 @@ def test_each_wrong_folder_gets_its_own_sentence(said, plain):
 
 def test_names_on_the_hub_are_not_taken_for_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    Path("a.gguf").touch()
+    with pytest.raises(ValueError, match=r"^a.gguf is a GGUF file, which is only written here; e"):
+        checkpoints.load("a.gguf")
     with pytest.raises(ValueError, match=r"Hub: hf download org/Some-1.5B --local-dir X"):
         checkpoints.load("org/Some-1.5B")
     with pytest.raises(ValueError, match=r"^org/Some/Llama does not exist; expected a folder"):
@@ -864,3 +899,76 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path, capsys):
         said = capsys.readouterr().err
         assert stopped.value.code == 2 and message in said and said.count("\n") == 1, said
         assert not target.exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# what a run leaves
+
+
+def test_a_run_leaves_folders_to_publish_whose_losses_are_those_it_says(tmp_path, monkeypatch):
+    for package in ("gguf", "tokenizers"):
+        pytest.importorskip(package)
+    from test_gguf_file import a_tokenizer
+
+    narrow = random_llama(vocab_size=512, hidden_size=64).bfloat16()
+    source = hestia.save_llama(narrow, tmp_path / "models--org--Some-1B" / "snapshots" / "0a")
+    a_tokenizer(source, "gpt-2")
+    (source / "README.md").write_text("---\nlicense: mit\n---\nTheirs.\nlicense: x", "utf-8")
+    for name in ("LICENSE.txt", "USE_POLICY.md", "added_tokens.json", "generation_config.json"):
+        (source / name).write_text("{}", "utf-8")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool.jinja").write_text("{{ x }}", "utf-8")
+    text, out = tmp_path / "secret" / "text.txt", tmp_path / "out"
+    text.parent.mkdir()
+    text.write_text(Path(hestia.__file__).read_text("utf-8")[:20000], "utf-8")
+    arguments = ["--llama", source, "--data", text, "--out", out, "--preset", "cpu", "--methods",
+                 "full", "absmean", "--steps", 3, "--batch-size", 2, "--block-size", 32,
+                 "--group-size", 64, "--eval-tokens", 512, "--packed", "--gguf", "--device", "cpu"]
+    old = os.umask(0o022)
+    try:
+        assert train_tiny.main([str(a) for a in arguments]) == 0
+    finally:
+        os.umask(old)
+    made = {path.name for path in out.iterdir() if "seed0" in path.name}
+    assert made == {"full-seed0", "absmean-seed0", "absmean-seed0-packed", "absmean-seed0.gguf"}
+    assert all(path.stat().st_mode & 0o777 == 0o644 for path in out.rglob("*") if path.is_file())
+
+    results = json.loads((out / "results.json").read_text("utf-8"))
+    config = train_tiny.parse([str(a) for a in arguments])
+    train_tiny.check(config)
+    tokens, _ = train_tiny.load_text(config)
+    for name in ("full-seed0", "absmean-seed0", "absmean-seed0-packed"):
+        row = results["per_seed"][0][name.split("-")[0]]
+        model = checkpoints.load(out / name, torch.float32)
+        assert train_tiny.losses(config, model, tokens) == {k: row[k] for k in ("train", "val")}
+        stored = safetensors.load_file(out / name / "model.safetensors")
+        kinds = {key: t.dtype for key, t in stored.items() if "proj" not in key}
+        assert len(kinds) == 6 and {*kinds.values()} == {torch.bfloat16}
+        moved = stored["model.embed_tokens.weight"] != narrow.model.embed_tokens.weight
+        assert moved.any()  # it was trained, in float32
+
+        card = (out / name / "README.md").read_text("utf-8")
+        front, _, rest = card.removeprefix("---\n").partition("---\n")
+        assert front.splitlines() == [
+            'base_model: "org/Some-1B"', "license: mit", "library_name: transformers",
+            "tags: [ternary, quantization-aware-training, hestia]"]
+        assert results["data"]["sha256"] in rest and "| text | text.txt |" in rest
+        before = results["per_seed"][0]["before"]
+        assert f"| val | {before['val']:.4f} | {row['val']:.4f} |" in rest
+        assert "secret" not in card and "Theirs" not in card
+        assert ("one scale per 64 weights" in rest) == (name != "full-seed0")
+        for file in ("LICENSE.txt", "USE_POLICY.md", "added_tokens.json", "generation_config.json",
+                     "tokenizer.json", "additional_chat_templates/tool.jinja"):
+            assert (out / name / file).is_file(), file
+
+
+def test_gguf_is_refused_before_a_training_that_it_cannot_hold(tmp_path):
+    source = str(hestia.save_llama(random_llama(hidden_size=64), tmp_path / "source"))
+    check = lambda **more: train_tiny.check(train_tiny.Config(device="cpu", gguf=True, **more))
+    with pytest.raises(ValueError, match="--gguf needs --llama; expected the folder"):
+        check()
+    with pytest.raises(ValueError, match=r"groups of 32 weights \(model.layers.0.*64"):
+        check(data="x", llama=source, group_size=32)
+    with pytest.raises(ValueError, match="--gguf cannot hold what int2 leaves"):
+        check(data="x", llama=source, methods=("int2",))
+    check(data="x", llama=source, group_size=0)
