@@ -403,6 +403,37 @@ def controls(results, split="train", ax=None):
     return forest(ax, drawn, signed, title, f"{SPLITS[split]} loss minus HESTIA's, nats")
 
 
+def loss_against_tau(results, split="val", ax=None):
+    """The loss with another tau_init minus that with the best fit's, at alpha = 0, seed by seed,
+    with 95 % intervals; and the temperatures that Eq. (15) would give the layers instead."""
+    base, prefix = "hestia-no-hessian", "hestia-no-hessian:tau_init="
+    taus = {row: float(row.removeprefix(prefix)) for row in results["table"] if prefix in row}
+    if not taus or base not in results["table"]:
+        raise ValueError("no row has another tau_init; notebooks/lab/study.py has them as --ablate "
+                         "tau")
+    taus[base] = results["table"][base]["tau_init"][0]
+    rows = sorted(taus, key=taus.get)
+    found = differences(results, rows, base, split)
+    x, mean = [taus[row] for row in rows], [found[row][0] for row in rows]
+    (ax,) = panels(ax, 1, (7, 3.8))
+    scores = [h["score"] for h in results["sensitivities"][0]["tensors"].values()]
+    warmed = taus[base] * np.exp(results["config"]["alpha"] * np.array(scores))
+    reach = np.interp(np.linspace(warmed.min(), warmed.max(), 50), x, mean)
+    label = f"where Eq. (15) puts the layers, α = {results['config']['alpha']:g}"
+    ax.axvspan(warmed.min(), warmed.max(), color=GREY, alpha=0.25, label=label)
+    ax.axhline(0, color=GREY, linewidth=1)
+    ax.errorbar(x, mean, yerr=[found[row][1] for row in rows], capsize=4, **{
+        **STYLE[base], "label": "one temperature for all layers, ± 95 %"})
+    for row in rows:
+        ax.plot([taus[row]] * len(found[row][2]), found[row][2], "o", color=BLACK, markersize=3.5,
+                fillstyle="none")
+    title = (f"Where guidance puts the layers, τ = {warmed.min():.2f} to {warmed.max():.2f},\n"
+             f"moving all of them together changes the loss by {np.ptp(reach):.3f}")
+    return finish(ax, title, "τ_init, in units of γ (small ring: one seed)",
+                  f"{SPLITS[split]} loss minus that of the best fit\n(τ = {taus[base]:.2f}), nats",
+                  legend="upper left")
+
+
 # --------------------------------------------------------------------------------------------------
 # the traces, the scores and the gradients of a run
 
@@ -641,12 +672,59 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "loss_against_lr": (of_either(loss_against_lr, "table1.json"),
                         "loss against the peak learning rate", f"{RUN}, or {TABLE}"),
 }
+FIGURES["loss_against_tau"] = (of_either(loss_against_tau, "parts-smollm2.json"),
+                               "loss against the temperature at first",
+                               f"{RUN}, or notebooks/results/parts-smollm2.json")
 ABLATED = f"{RUN}, or notebooks/results/ablations.json"
 FIGURES["controls"] = (of_either(controls, "ablations.json"), "does the ranking matter", ABLATED)
 for setting in (*SETTINGS, "bits"):
     draw = partial(loss_against, setting=setting)
     about = f"loss with another {setting}, minus plain HESTIA's"
     FIGURES[f"loss_against_{setting}"] = of_either(draw, "ablations.json"), about, ABLATED
+
+
+# --------------------------------------------------------------------------------------------------
+# the study of measures: notebooks/results/measures.json
+
+
+def foretold(results, ax=None):
+    """How well each measure ranks the tensors by the real rise of the loss when one is rounded:
+    Spearman's correlation for each model, its mean over seeds, and from three on its interval."""
+    lines = {}  # {"model, tensors": {measure: its row}}
+    for entry in results["models"]:
+        for which, table in entry["tables"].items():
+            lines[f"{entry['model']}, {which}"] = table
+    first = next(iter(lines.values()))
+    names = sorted(first, key=lambda name: first[name]["mean"])  # the best ends on top
+    (ax,) = panels(ax, 1, (9.6, 1.8 + 0.42 * len(names)))
+    for k, (what, table) in enumerate(lines.items()):
+        look = {**LOOKS[k], "linestyle": "none", "fillstyle": "none" if k % 2 else "full"}
+        for i, name in enumerate(names):
+            if name in table:
+                row, y = table[name], i + 0.24 - 0.24 * k
+                half = row["half"] if len(row["each"]) > 2 else None
+                label = textwrap.fill(what, 18) if name == "trace" else None
+                ax.errorbar(row["mean"], y, xerr=half, capsize=2, elinewidth=1, markersize=6,
+                            label=label, **look)
+                rings = {"color": look["color"], "markersize": 3, "fillstyle": "none"}
+                ax.plot(row["each"], [y] * len(row["each"]), "o", **rings)
+    ax.axvline(0, color=GREY, linewidth=1)
+    ax.set(xlim=(None, 1.03), ylim=(-0.6, len(names) - 0.4))
+    ax.set_yticks(range(len(names)), [first[name]["label"] for name in names])
+    said = []
+    for entry in results["models"]:
+        table = next(iter(entry["tables"].values()))
+        best = max((name for name in table if name != "trial"), key=lambda n: table[n]["mean"])
+        said.append(f"on {entry['model']} {table['trace']['mean']:.2f}, the best measure, "
+                    f"{table[best]['label']}, {table[best]['mean']:.2f}")
+    xlabel = "Spearman's correlation with the rise of the loss when a tensor is rounded\n"
+    xlabel += "(large: mean; small ring: one seed or text; bar: 95 % interval by Student's t)"
+    return finish(ax, "HESTIA's trace foretells which tensor rounding hurts: " + "; ".join(said),
+                  xlabel, legend="center left", inches=6, bbox_to_anchor=(1, 0.5))
+
+
+FIGURES["foretold"] = (of_study(foretold, "measures.json"), "which measure foretells the rise",
+                       "notebooks/results/measures.json")
 
 
 if __name__ == "__main__":

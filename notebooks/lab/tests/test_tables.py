@@ -158,12 +158,12 @@ def test_what_each_part_is_worth_by_hand(tmp_path, capsys):
         files.append({"config": {"distill": distill}, "per_seed": seeds,
                       "data": {"sha256": "a", "unit": "byte"}})
     found = tables.worth(files, "val")
-    assert list(found) == ["relaxation", "teacher, STE", "teacher, HESTIA"]
+    assert list(found) == ["relaxation, alpha = 0", "teacher, STE", "teacher, HESTIA, alpha = 0"]
     assert found["teacher, STE"][0] is None
-    assert [x[0] for x in found["relaxation"]] == pytest.approx([-0.105, -0.105])
+    assert [x[0] for x in found["relaxation, alpha = 0"]] == pytest.approx([-0.105, -0.105])
     assert found["teacher, STE"][1] == pytest.approx((-0.2, 0.0, 0.0))
     half = 12.71 * 0.01 / 2**0.5 / 2**0.5  # t(1), the deviation, the root of two seeds
-    assert found["relaxation"][0][1] == pytest.approx(half, rel=1e-3)
+    assert found["relaxation, alpha = 0"][0][1] == pytest.approx(half, rel=1e-3)
     paths = [tmp_path / "ce.json", tmp_path / "teacher.json"]
     for path, file in zip(paths, files):
         plots.write_json(path, file)
