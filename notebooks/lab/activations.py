@@ -105,7 +105,7 @@ def jumps(axes=None):  # a figure: the mean level by all levels and by two, in s
         jump = 2 / (1 + math.exp(1 / tau))
         plots.finish(ax, f"τ = {tau:g}: two neighbours jump by {jump:.2f} steps at every level",
                      "x / s", "mean level", legend="upper left")
-    return axes
+    return axes[0].figure
 
 
 class Inputs:

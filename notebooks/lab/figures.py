@@ -24,7 +24,7 @@ from matplotlib.ticker import NullFormatter
 
 import hestia
 import plots
-from notebooks.lab import rivals, tables
+from notebooks.lab import activations, laws, rivals, tables
 from notebooks.lab.curvature import spearman
 from plots import BLACK, BLUE, DOTS, GREY, LOOKS, RED, SPLITS, STYLE, finish, panels
 
@@ -723,6 +723,9 @@ def foretold(results, ax=None):
                   xlabel, legend="center left", inches=6, bbox_to_anchor=(1, 0.5))
 
 
+FIGURES["best_share"] = lambda run: laws.shares(), "CO-QAT's share of quantized training", ""
+FIGURES["jumps"] = (lambda run: activations.jumps(),
+                    "activations: all levels, and what two neighbours would do", "")
 FIGURES["foretold"] = (of_study(foretold, "measures.json"), "which measure foretells the rise",
                        "notebooks/results/measures.json")
 

@@ -1,6 +1,6 @@
 r"""How long to train quantized: CO-QAT's law for the best share of the training, and our runs.
 
-    python -m notebooks.lab.laws       # draws it, as out/best_share.png
+    python -m notebooks.lab.figures best_share     # draws it
 
 CO-QAT (arXiv 2509.22935) splits a budget of D tokens into full precision first and quantization-
 aware training after it. The best share f of the second part grows with S, the tokens per byte of
@@ -14,7 +14,6 @@ default run of train_tiny.py S is 21 and a quarter of the steps is quantized, wh
 """
 
 import math
-import sys
 
 import numpy as np
 
@@ -65,10 +64,3 @@ def shares(ax=None):
     return plots.finish(ax, "CO-QAT's law: the longer the training, the larger the best share of "
                         "quantized training. Our runs lie outside", "tokens in all",
                         "best share of quantized training", legend="upper left")
-
-
-FIGURES = {"best_share": (lambda run: shares(), "the best share of quantized training", "")}
-
-if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # what is printed may not fit the terminal
-    sys.exit(plots.main(["best_share", *sys.argv[1:]], FIGURES, "python -m notebooks.lab.laws"))

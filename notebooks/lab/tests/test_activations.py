@@ -143,7 +143,7 @@ def test_a_copy_has_a_grid_of_its_own():
 
 
 def test_the_figure_says_the_jumps():
-    titles = [" ".join(ax.get_title("left").split()) for ax in activations.jumps()]
+    titles = [" ".join(ax.get_title("left").split()) for ax in activations.jumps().axes]
     plots.plt.close("all")
     assert "by 0.54 steps" in titles[0] and "by 0.07 steps" in titles[1]
 
