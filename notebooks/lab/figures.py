@@ -403,6 +403,24 @@ def controls(results, split="train", ax=None):
     return forest(ax, drawn, signed, title, f"{SPLITS[split]} loss minus HESTIA's, nats")
 
 
+def parts(first, teacher, split="val", ax=None):
+    """What each part adds to the loss, without a teacher and with one: tables.worth as a picture.
+    first, teacher: contents of results.json, of the same seeds and texts."""
+    looks, drawn = (STYLE["absmean"], STYLE["hestia"]), {}
+    found = tables.worth([first, teacher], split)
+    for part, each in found.items():
+        for look, name, numbers in zip(looks, ("", ", with a teacher"), each):
+            if numbers and not part.startswith("all"):
+                name = part if part.startswith("teacher") else part + name
+                drawn[name] = look, *numbers[:2], numbers[:1]
+    seeds = len(first["per_seed"])
+    best = min(drawn, key=lambda name: drawn[name][1])
+    guidance = found["guidance, against a common score"][0]
+    title = f"Worth most: {best}, {signed(*drawn[best][1:3])}; guidance: {signed(*guidance[:2])}"
+    xlabel = f"what it adds to the {SPLITS[split]} loss, nats (bar: 95 % interval of {seeds} seeds)"
+    return forest(ax, drawn, signed, title, xlabel)
+
+
 def loss_against_tau(results, split="val", ax=None):
     """The loss with another tau_init minus that with the best fit's, at alpha = 0, seed by seed,
     with 95 % intervals; and the temperatures that Eq. (15) would give the layers instead."""
@@ -655,6 +673,7 @@ def animated(run):
 
 
 RUN = plots.RUN
+STUDIES = "parts-smollm2.json", "parts-smollm2-teacher.json"
 CURVATURE, TABLE = "notebooks/results/curvature.json", "notebooks/results/table1.json"
 FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it needs)
     "jacobians": (lambda run: jacobians(), "the slope that each method takes for rounding's", ""),
@@ -672,6 +691,8 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "loss_against_lr": (of_either(loss_against_lr, "table1.json"),
                         "loss against the peak learning rate", f"{RUN}, or {TABLE}"),
 }
+FIGURES["parts"] = (lambda run: parts(*map(read_study, STUDIES)), "what each part is worth",
+                    " and ".join(f"notebooks/results/{name}" for name in STUDIES))
 FIGURES["loss_against_tau"] = (of_either(loss_against_tau, "parts-smollm2.json"),
                                "loss against the temperature at first",
                                f"{RUN}, or notebooks/results/parts-smollm2.json")

@@ -14,6 +14,7 @@ tokenizers package:
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -293,10 +294,11 @@ def run(options):
         plots.write_json(out, results)
     print_scores(results["scores"])
     for folder, row in results["scores"].items() if options.sample else ():
-        try:
-            print(f"\n{folder}: {tokenizer().decode(row['sample'])}")
-        except ImportError:
-            print(f"\n{folder}: its sample is in {out}, as tokens; install tokenizers to read it")
+        with contextlib.suppress(ImportError):  # without tokenizers the tokens are kept alone
+            row["text"] = tokenizer().decode(row["sample"])
+        said = row.get("text", f"its sample is in {out}, as tokens; install tokenizers to read it")
+        print(f"\n{folder}: {said}")
+    plots.write_json(out, results)
 
 
 def main(arguments=None):
