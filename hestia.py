@@ -47,7 +47,7 @@ in, tau falls to zero, and it hardens into rounding, later where the Hessian's t
 
 Q means three things in the paper: the set of codes, the quantizer Q(W), and Q_i, an orthonormal
 basis in Eq. 12. H means two: the function H(w; tau), and H_i, a block of the Hessian.
-Where the paper leaves something open, or slips, this file decides (README gives the reasons):
+Where the paper leaves something open, or slips, this file decides (notebooks/lab/GUIDE.md says why):
 epsilon is 1e-8, and hardening rounds gamma to bfloat16; a tie |z| = 1/2 goes to code 0; Eq. 12 gets
 the 1/m it lacks; the Hessian is that of the ordinary loss at the full-precision weights; traces
 that are not positive are raised to a floor, never made absolute.
@@ -312,7 +312,7 @@ def hutchpp(matvec, dim, rank=10, samples=20, generator=None, dtype=None, device
 
     matvec: maps (dim, k) to (dim, k), k columns at once. The range of H times a random sketch S is
     traced exactly. The rest is the mean over `samples` Rademacher vectors G, where the paper prints
-    their sum (README). dtype, device: of the vectors that matvec gets. Returns a float.
+    their sum (lab/GUIDE.md). dtype, device: of the vectors that matvec gets. Returns a float.
 
     >>> H = torch.diag(torch.tensor([42.0, 0.5, 0.1, 0.0]))  # rank 3: a sketch of 3 catches it all
     >>> round(hutchpp(lambda V: H @ V, dim=4, rank=3), 4)
