@@ -47,7 +47,7 @@ in, tau falls to zero, and it hardens into rounding, later where the Hessian's t
 
 Q means three things in the paper: the set of codes, the quantizer Q(W), and Q_i, an orthonormal
 basis in Eq. 12. H means two: the function H(w; tau), and H_i, a block of the Hessian.
-Where the paper leaves something open, or slips, this file decides (notebooks/lab/GUIDE.md says why):
+Where the paper leaves something open, or slips, this file decides (lab/GUIDE.md gives the reasons):
 epsilon is 1e-8, and hardening rounds gamma to bfloat16; a tie |z| = 1/2 goes to code 0; Eq. 12 gets
 the 1/m it lacks; the Hessian is that of the ordinary loss at the full-precision weights; traces
 that are not positive are raised to a floor, never made absolute.
