@@ -147,8 +147,8 @@ STEP = "step of quantization-aware training"
 class Watch:
     """About 40 moments of a training, for these figures: an on_step of hestia.train.
 
-    dead: the share of weights whose update changes no code (Eq. 6). felt: the share whose update
-    reaches the forward pass by at least 5 %. hist: histograms of w / gamma of three tensors.
+    dead: the share of weights whose update changes no code (Eq. 6). felt: the breadth, the share
+    that passes on 5 % or more of its update. hist: histograms of w / gamma of three tensors.
     """
 
     bins = np.linspace(-3, 3, 121)
@@ -396,8 +396,8 @@ def pi_curves(taus=(1.0, 0.35, 0.1), axes=None):
         for share, (code, color, _), dash in zip(pi.T, CODES.values(), ("--", "-", "-.")):
             ax.plot(z, share, label=f"code {code}", color=color, linestyle=dash, linewidth=2)
         z_axis(ax)
-        sure = float((pi.max(1).values > 0.95).double().mean())
-        finish(ax, f"τ = {tau:g}: the largest π is over 0.95 on {percent(sure)} of this axis")
+        at = float(pi[(z - 0.3).abs().argmin(), 1])
+        finish(ax, f"τ = {tau:g}: at w = 0.3 γ the code 0 has {percent(at)}")
     axes[0].set_ylabel("share π of a code")
     axes[-1].legend(loc="center left", fontsize=8.5, edgecolor="none")
     return axes[0].figure
@@ -419,11 +419,11 @@ def dead_zone_line(dw=0.15, tau=0.35, ax=None):
     ax.set(xlim=(-1.75, 1.75), ylim=(low - 0.18 * room, high + 0.35 * room))
     for middle, (code, _, _) in zip((-1.12, 0, 1.12), CODES.values()):
         ax.text(middle, low - 0.09 * room, f"code {code}", ha="center", va="center", fontsize=9)
-    w = gaussian_weights()
-    alive = 1 - float(hestia.dead_zone(w, dw, scale=UNIT).double().mean())
-    felt = float(((H(w + dw) - H(w)).abs() >= 0.05 * abs(dw)).double().mean())
-    title = f"An update of {dw:g} γ changes Q for {percent(alive)} of Gaussian weights; "
-    title += f"H passes on 5 % of it or more for {percent(felt)}"
+    w, Q = gaussian_weights(), lambda x: hestia.quantize(x, scale=UNIT)
+    (alive, hard), (felt, soft) = ((percent(float((c >= 0.05).double().mean())), float(c.mean()))
+                                   for c in ((f(w + dw) - f(w)) / dw for f in (Q, H)))
+    title = f"An update of {dw:g} γ changes Q for {alive} of Gaussian weights, H for {felt}; "
+    title += f"the mean response is {hard:.2f} and {soft:.2f} of the update"
     return finish(ax, title, ylabel="change of the output / γ", legend="upper center", ncols=3)
 
 
@@ -524,13 +524,13 @@ def alpha_rho_kappa(axes=None):
            for alpha in (0.6, 0.4, 0.2, 0.0, -0.4)}
     curves(left, t, {f"α = {alpha:g}".replace("-", "−"): y for alpha, y in tau.items()})
     warmer, colder = percent(tau[0.4][0] / tau_init - 1), percent(1 - tau[-0.4][0] / tau_init)
-    finish(left, f"α: 0.4 warms a tensor with s = 0.9 by {warmer}, −0.4 cools it by {colder}",
+    finish(left, f"α = 0.4 warms a tensor with s = 0.9 by {warmer}, −0.4 cools it by {colder}",
            "t / T", "temperature τ", "upper right")
     base = {rho: np.array([hestia.base_temperature(x, 1, rho, tau_init) for x in t])
             for rho in (0.0, 0.1, 0.2, 0.3, 0.5)}
     curves(middle, t, {f"ρ = {rho:g}": y for rho, y in base.items()})
     halved = {rho: t[y < tau_init / 2][0] for rho, y in base.items()}
-    title = f"ρ: with 0, τ has halved at {halved[0.0]:.2f} T; with 0.5, at {halved[0.5]:.2f} T"
+    title = f"τ has halved at {halved[0.0]:.2f} T with ρ = 0, at {halved[0.5]:.2f} T with ρ = 0.5"
     finish(middle, title, "t / T", "base temperature τ", "lower left")
     decades = np.linspace(-2, 2, 81)  # log10 of 81 made-up traces
     traces, score = {x: 10.0**x for x in decades}, {}
@@ -538,7 +538,7 @@ def alpha_rho_kappa(axes=None):
         score[kappa] = list(hestia.sensitivity_scores(traces, kappa).values())
     curves(right, decades / decades.std(), {f"κ = {kappa:g}": y for kappa, y in score.items()})
     span = {kappa: f"{s[0]:.2f} to {s[-1]:.2f}" for kappa, s in score.items()}
-    finish(right, f"κ: with 1, these scores span {span[1]}; with 4, {span[4]}",
+    finish(right, f"κ pulls scores apart: {span[1]} with κ = 1, {span[4]} with 4",
            "(log h − μ) / σ of the trace h", "sensitivity score s", "upper left")
     return left.figure
 
@@ -580,19 +580,19 @@ def loss_curves(runs, ax=None, key="loss"):
 
 
 def felt_curves(run, ax=None):
-    """The share of weights whose update the forward pass feels: at least 5 % of it arrives."""
+    """The breadth of the response: the share of weights that pass on 5 % or more of their update.
+    It says over how many weights the response is spread, not how large it is in the mean."""
     found = along(read_snapshots(run), STYLE, "felt")
     (ax,) = panels(ax, 1, (6.8, 4))
     quarter = {}
     for row, (step, felt) in found.items():
         band(ax, step, 100 * felt, style(row))
         quarter[row] = felt[:, np.argmin(abs(step - 0.25 * step[-1]))].mean()
-    said = [row for row in ("absmean", "hestia") if row in found]
-    shares = ", ".join(f"{percent(quarter[row])} under {label(row)}" for row in said)
-    title = "A quarter of the way, the forward pass feels these shares of the weights move: "
-    title += shares or percent(max(quarter.values()))
+    rows = [row for row in ("absmean", "hestia") if row in found] or list(found)
+    shares = [f"{percent(quarter[row])} of the weights under {label(row)}" for row in rows]
+    title = f"A quarter of the way, the response is spread over {', '.join(shares)}"
     ax.set_ylim(-3, 110)
-    return finish(ax, title, STEP, "weights whose update is felt, %", "center right",
+    return finish(ax, title, STEP, "breadth: weights that respond, %", "center right",
                   bbox_to_anchor=(1, 0.66))
 
 
@@ -686,7 +686,7 @@ FIGURES = {  # name: (what draws it for a run's folder, a line about it, what it
     "alpha_rho_kappa": (lambda run: alpha_rho_kappa(), "what the three settings do", ""),
     "schedules": (lambda run: schedules(**guidance(read_results(run))), "pressure and tau", RUN),
     "loss_curves": (lambda run: loss_curves(read_log(run)), "loss above full precision", RUN),
-    "felt_curves": (felt_curves, "the share of updates that the forward pass feels", RUN),
+    "felt_curves": (felt_curves, "the breadth: how many weights respond to their update", RUN),
     "histograms": (histograms, "weights before and after, STE beside HESTIA", RUN),
     "overview": (overview, "loss curves, schedules and final losses of a run", RUN),
 }

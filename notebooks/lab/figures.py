@@ -115,8 +115,8 @@ def jacobians(rows=None, tau=0.35, ax=None):
     pretend = sum(len(names) for J, names in found if (J == 1).all())
     slopes = torch.stack([J for J, _ in found])
     apart = slopes.max(0).values - slopes.min(0).values
-    title = f"{pretend} of {len(rows)} methods take{'s' * (pretend == 1)} the slope for 1 on this "
-    title += f"axis; the {len(found)} curves are furthest apart at |w| = "
+    title = f"{pretend} of {len(rows)} methods take{'s' * (pretend == 1)} the slope for 1 "
+    title += "everywhere; the methods differ most at |w| = "
     title += f"{float(z[shown][apart.argmax()]):.2f} γ"
     return finish(ax, title, "|w| / γ (the slopes are even)", "dW_eff/dW", "center left",
                   bbox_to_anchor=(1, 0.5))
@@ -517,9 +517,9 @@ def score_errors(tensors, kappa=1.0, ax=None):
         close += scores[b] - scores[a] < np.hypot(error[a], error[b])
     ax.set_yticks(range(len(names)), [plots.short(name) for name in names], fontsize=8)
     ax.set_xlim(0, 1)
-    title = f"Scores span {scores[names[0]]:.2f} to {scores[names[-1]]:.2f}, with errors of at "
-    title += f"most {max(error.values()):.3f}; {close} of {len(names) - 1} neighbouring pairs are "
-    title += "closer than their errors"
+    apart = len(names) - 1 - close
+    title = f"The scores are known to {max(error.values()):.3f} or better; "
+    title += f"{apart} of {len(names) - 1} neighbouring pairs can be told apart"
     lost = any(h.flagged for h in traces.values())
     if lost:
         ax.plot([], [], "x", color=RED, markersize=4, label="lost in its error")  # for the legend
@@ -556,8 +556,8 @@ def gradient_norms(run, axes=None):
         ax.yaxis.set_minor_formatter(NullFormatter())
         what = "dL/dW_eff" if key == "grad_norm" else "dL/dW, latents"
         early = mean[: max(1, len(mean) // 4)].mean()  # of the last row, HESTIA
-        title = f"{what}: {tables.label(row)}'s norm goes from {early:.2f} (first quarter) to "
-        title += f"{mean[-1]:.2f} (end)"
+        title = f"{tables.label(row)}'s {what}: {early:.2f} when warm (first quarter), "
+        title += f"{mean[-1]:.2f} at the end"
         finish(ax, title, "base temperature τ at the step (training goes right)", "", "upper left")
     axes[0].set_ylabel("gradient norm")
     return axes[0].figure
@@ -622,7 +622,7 @@ def animation(run, tensor=-1, seconds=6):
             curve.set_ydata(seen)
             moments, shares = felt[row]
             feels = plots.percent(np.interp(step, moments, shares.mean(0)))
-            title = f"{tables.label(row)}: {state}\nforward pass feels {feels} of the weights move"
+            title = f"{tables.label(row)}: {state}\n{feels} of the weights share the response"
             ax.set_title(title, fontsize=11, loc="left")
         fig.canvas.draw()
         picture = Image.fromarray(np.asarray(fig.canvas.buffer_rgba())[..., :3])
