@@ -1,4 +1,4 @@
-"""The exercises of notebooks 1 to 4: `check(name, function)` says whether the reader's is right.
+"""The exercises of the notebooks: `check(name, function)` says whether the reader's is right.
 
 It prints "right", or the first input at which the function errs, with what came out and what was
 expected. Where the same comes out of a usual slip, it says which. A stub that returns nothing is
@@ -13,6 +13,10 @@ expected. Where the same comes out of a usual slip, it says which. A stub that r
     scores        f(h, kappa) -> tensor of h's shape                 Eq. (13)
     pressure      f(t, T, rho) -> a number                           Eq. (10)
     temperature   f(t, T, rho, tau_init, s, alpha) -> a number       Eqs. (14), (15)
+    gap           f(ste, full, loss) -> a number                     the gap recovered
+    difference    f(a, b) -> tensor: mean, half width                95 % intervals
+    pack          f(t) -> a whole number                             two bits per weight
+    bits          f(linear, rest, group) -> a number                 bits of a whole model
 """
 
 import math
@@ -255,8 +259,63 @@ TEMPERATURE = Exercise(
         * (1 + math.cos(math.pi * (t - rho * T) / (T - rho * T)))})
 
 
+# --------------------------------------------------------------------------------------------------
+# notebooks 5 and 6: differences, and bits
+
+GAP = Exercise(
+    lambda ste, full, loss: (ste - loss) / (ste - full), ("ste", "full", "loss"),
+    [(1.5, 1.0, 1.25), (1.5, 1.0, 1.5), (2.0, 1.8, 1.75)],
+    {"That is what is left of the gap: the STE is at 0 and full precision at 1":
+        lambda ste, full, loss: (loss - full) / (ste - full),
+     "The sign: what is below the STE recovers a positive share":
+        lambda ste, full, loss: (loss - ste) / (ste - full)})
+
+LOSSES = torch.tensor([1.50, 1.62, 1.47, 1.55, 1.58])
+OTHERS = LOSSES + torch.tensor([0.01, 0.03, 0.02, 0.02, 0.03])
+
+
+def interval(a, b, t=2.78, unbiased=True, paired=True, root=True):
+    """(mean difference, half width of its 95 % interval), or one of the usual slips."""
+    spread = (a - b).std(unbiased=unbiased) if paired else (a.var() + b.var()).sqrt()
+    return torch.stack([(a - b).mean(), t * spread / (len(a) ** 0.5 if root else 1)])
+
+
+DIFFERENCE = Exercise(
+    interval, ("a", "b"), [(LOSSES, OTHERS), (OTHERS, LOSSES)],
+    {"1.96 is for many seeds: with five of them t is 2.78": lambda a, b: interval(a, b, t=1.96),
+     "The standard deviation of a sample divides by n - 1":
+        lambda a, b: interval(a, b, unbiased=False),
+     "Take the difference first, seed by seed: the noise of the batches cancels":
+        lambda a, b: interval(a, b, paired=False),
+     "The error of a mean is the standard deviation over the root of n":
+        lambda a, b: interval(a, b, root=False),
+     "The sign: it is a minus b": lambda a, b: interval(b, a)})
+
+
+def packed(t, shift=2, first=1):
+    return sum((int(code) + shift) << 2 * k for k, code in enumerate(t.tolist()[::first]))
+
+
+CODES = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 0.0, 0.0, -1.0])
+PACK = Exercise(
+    packed, ("t",), [(CODES,), (-CODES.flip(0),)],
+    {"The first code belongs in the lowest bits": lambda t: packed(t, first=-1),
+     "Code t is stored as t + 2: 01 is -1, 10 is 0, 11 is +1": lambda t: packed(t, shift=1)},
+    tolerance=1e-9)
+
+BITS = Exercise(
+    lambda linear, rest, group: (linear * (2 + 16 / group) + rest * 16) / (linear + rest),
+    ("linear", "rest", "group"), [(973, 263, 128), (100, 0, 64)],
+    {"The scales are forgotten: 16 bits for each group":
+        lambda linear, rest, group: (linear * 2 + rest * 16) / (linear + rest),
+     "What is not quantized is forgotten": lambda linear, rest, group: 2 + 16 / group,
+     "Two bits are stored, not log2(3)": lambda linear, rest, group: (
+         linear * (math.log2(3) + 16 / group) + rest * 16) / (linear + rest)})
+
+
 EXERCISES = {"quantize": QUANTIZE, "ste": STE, "soft": SOFT, "slope": SLOPE, "hutchpp": HUTCHPP,
-             "scores": SCORES, "pressure": PRESSURE, "temperature": TEMPERATURE}
+             "scores": SCORES, "pressure": PRESSURE, "temperature": TEMPERATURE, "gap": GAP,
+             "difference": DIFFERENCE, "pack": PACK, "bits": BITS}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from notebooks.lab import exercises
 
 torch.set_num_threads(1)
-NOTEBOOKS = sorted(Path(exercises.__file__).parents[1].glob("0[1-4]_*.ipynb"))
+NOTEBOOKS = sorted(Path(exercises.__file__).parents[1].glob("0[1-6]_*.ipynb"))
 
 
 def signs(*shape):
@@ -268,6 +268,35 @@ def _(t, T, rho, tau_init, s, alpha):
 def _(t, T, rho, tau_init, s, alpha):
     share = torch.tensor((t - rho * T) / (T - rho * T))
     return tau_init / 2 * (1 + torch.cos(torch.pi * share)) * 2.718281828 ** (alpha * s)
+
+
+@mistake("the gap the other way round", "gap", "That is what is left of the gap")
+def _(ste, full, loss):
+    return 1 - (ste - loss) / (ste - full)
+
+
+@mistake("the normal distribution", "difference", "1.96 is for many seeds")
+def _(a, b):
+    d = a - b
+    return torch.stack([d.mean(), 1.96 * d.std() / 5**0.5])
+
+
+@mistake("unpaired", "difference", "Take the difference first")
+def _(a, b):
+    return torch.stack([a.mean() - b.mean(), 2.78 * ((a.var() + b.var()) / 5).sqrt()])
+
+
+@mistake("from the left", "pack", "The first code belongs in the lowest bits")
+def _(t):
+    total = 0
+    for code in t:
+        total = 4 * total + int(code) + 2
+    return total
+
+
+@mistake("no scales", "bits", "The scales are forgotten")
+def _(linear, rest, group):
+    return (2 * linear + 16 * rest) / (linear + rest)
 
 
 @pytest.mark.parametrize("what, name, function, said", MISTAKES, ids=[m[0] for m in MISTAKES])
