@@ -1,4 +1,5 @@
 """Every other row of Tables 1, 2 and 3, and of section 2: ROWS. `make` builds one around a model.
+Section 2 also names CO-QAT, a law (laws.py), and HAWQ and QuIP, whose measures are in measures.py.
 
 A method of W alone is a function and a line in hestia.METHODS. One with something beside W is a
 subclass of hestia.Hestia. One that changes W after the optimizer's step is an on_step of the loop.
