@@ -88,7 +88,7 @@ STE = Exercise(
         + (w - w.detach()),
      "A gradient goes through gamma in w / gamma, too: detach it":
         lambda w: scale(w) * hestia.quantize_ste(w / scale(w), scale=ONE)},
-    values_and_gradient, "values, then gradients, are")
+    values_and_gradient, "values, then gradients of the sum of 1 out_1 + 2 out_2 + ..., are")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -296,11 +296,11 @@ def packed(t, shift=2, first=1):
     return sum((int(code) + shift) << 2 * k for k, code in enumerate(t.tolist()[::first]))
 
 
-CODES = torch.tensor([1.0, -1.0, 0.0, 1.0, 1.0, 0.0, 0.0, -1.0])
+CODES = torch.tensor([1, -1, 0, 1, 1, 0, 0, -1])
 PACK = Exercise(
     packed, ("t",), [(CODES,), (-CODES.flip(0),)],
     {"The first code belongs in the lowest bits": lambda t: packed(t, first=-1),
-     "Code t is stored as t + 2: 01 is -1, 10 is 0, 11 is +1": lambda t: packed(t, shift=1)},
+     "A code c is stored as c + 2: 01 is -1, 10 is 0, 11 is +1": lambda t: packed(t, shift=1)},
     tolerance=1e-9)
 
 BITS = Exercise(

@@ -732,16 +732,15 @@ def foretold(results, ax=None):
     ax.axvline(0, color=GREY, linewidth=1)
     ax.set(xlim=(None, 1.03), ylim=(-0.6, len(names) - 0.4))
     ax.set_yticks(range(len(names)), [first[name]["label"] for name in names])
-    said = []
-    for entry in results["models"]:
-        table = next(iter(entry["tables"].values()))
-        best = max((name for name in table if name != "trial"), key=lambda n: table[n]["mean"])
-        said.append(f"on {entry['model']} {table['trace']['mean']:.2f}, the best measure, "
-                    f"{table[best]['label']}, {table[best]['mean']:.2f}")
+    tables_ = [next(iter(entry["tables"].values())) for entry in results["models"]]
+    words = [f"{first[name]['label'].partition(':')[2].strip() or first[name]['label']} "
+             + " and ".join(f"{table[name]['mean']:.2f}" for table in tables_)
+             for name in ("trace", "gradnorm")]
     xlabel = "Spearman's correlation with the rise of the loss when a tensor is rounded\n"
     xlabel += "(large: mean; small ring: one seed or text; bar: 95 % interval by Student's t)"
-    return finish(ax, "HESTIA's trace foretells which tensor rounding hurts: " + "; ".join(said),
-                  xlabel, legend="center left", inches=6, bbox_to_anchor=(1, 0.5))
+    names = " and ".join(entry["model"] for entry in results["models"])
+    title = f"Which tensor will rounding hurt? On {names}: {'; '.join(words)}"
+    return finish(ax, title, xlabel, legend="center left", inches=6, bbox_to_anchor=(1, 0.5))
 
 
 FIGURES["best_share"] = lambda run: laws.shares(), "CO-QAT's share of quantized training", ""

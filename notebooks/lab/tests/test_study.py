@@ -245,7 +245,7 @@ def test_a_row_of_each_ablation(undisturbed, capsys):
     assert "| HESTIA, alpha -0.6" in capsys.readouterr().out
 
 
-def wait_for(what, seconds=120):
+def wait_for(what, seconds=600):
     began = time.monotonic()
     while not (found := what()):
         assert time.monotonic() - began < seconds
