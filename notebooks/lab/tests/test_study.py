@@ -276,6 +276,7 @@ def small_figure(monkeypatch):
 
 def test_what_two_workers_began_and_one_process_ends_is_the_same(
         undisturbed, text, tmp_path, capsys, small_figure):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has none
     out = tmp_path / "run"
     interrupt = lambda: (wait_for(lambda: working(out)), os.kill(os.getpid(), signal.SIGINT))
     threading.Thread(target=interrupt).start()
