@@ -11,6 +11,8 @@ Modes take turns, each in a process of its own, with random tokens and weights:
     plain                   no Hestia at all: float32 weights, autocast on a GPU
     passes                  relax and pull_back alone, as shares of the rate of a copy
     products                matrix products alone, with W as each method shows it
+    rate                    matrix products without a pause: the rates that the device holds
+    profile                 where a step of HESTIA goes, by kernels
 """
 
 import argparse
@@ -18,6 +20,7 @@ import functools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -32,12 +35,21 @@ from torch import nn
 import hestia
 from notebooks.lab import fast, parallel
 
-MODES = ("full", "absmean", "hestia", "naive", "plain", "passes", "products")
+MODES = ("full", "absmean", "hestia", "naive", "plain", "passes", "products", "rate", "profile")
 SHAPES = {
     "tiny": dict(vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
                  num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0),
     "1b": dict(),
     "3b": dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
+}
+KINDS = {  # of kernels and operators, by their names; the first that fits
+    "attention": "flash|fmha|attention|sdpa",
+    "matrix products": "nvjet|gemm|cutlass|xmma|::mm|::addmm|::bmm",
+    "AdamW": "adam",
+    "norms of gradients": "norm_?kernel|lpnorm|norm_functor|::linalg_vector_norm|NormOps",
+    "sums of micro-batches": "functor.*add|::add_$",
+    "relax and pull_back": "copysign|exp2|sign",
+    "the loss": "softmax|nll|logsumexp",
 }
 WARM_UP = 6  # steps that are not timed: the first five, and the last, which is logged
 
@@ -61,7 +73,7 @@ def options():
 
     integer, flag = dict(type=above_zero(int)), dict(action=argparse.BooleanOptionalAction)
     add("llama", "tiny", "tiny, 1b or 3b (random weights), or a Hugging Face folder")
-    add("modes", MODES, "which of them", nargs="+", choices=MODES, metavar="MODE")
+    add("modes", MODES[:-2], "which of them", nargs="+", choices=MODES, metavar="MODE")
     add("micro", 8 if cuda else 32, "sequences per micro-batch", **integer)
     add("accumulate", [1, 4], "micro-batches per step and process", nargs="+", **integer)
     add("group-size", 128 if cuda else 64, "weights per scale", **integer)
@@ -69,6 +81,7 @@ def options():
     add("rounds", 3, "how often the modes take turns", **integer)
     add("steps", 20 if cuda else 8, f"steps that are timed, beside {WARM_UP} others", **integer)
     add("gpus", 1, "GPUs (or CPU processes) that share every batch", **integer)
+    add("seconds", 30.0, "of products without a pause, for rate", type=above_zero(float))
     add("tau", 0.3, "HESTIA's temperature at first; 0.001 is that of a training's last steps",
         type=above_zero(float))
     add("checkpointing", False, "of activations, layer by layer", **flag)
@@ -215,9 +228,11 @@ def work(args):
         rows = passes(qat, device, square, settings, copy_rate)
     elif mode == "products":
         rows = products(qat, device)
+    elif mode == "rate":
+        rows = sustained(args, model, square)
     else:
         with parallel.together(cuda) if args.gpus > 1 else nullcontext():
-            rows = training(args, model, qat, settings, about)
+            rows = (profile if mode == "profile" else training)(args, model, qat, settings, about)
     if int(os.environ.get("RANK", 0)) == 0:
         for row in rows:
             print("result " + json.dumps({**about, **row}))
@@ -263,6 +278,39 @@ def training(args, model, qat, settings, about):
     return rows
 
 
+def profile(args, model, qat, settings, about):
+    """Milliseconds of a step by kinds of kernels, or of operators; the last of `accumulate`."""
+    model, steps = torch.compile(model) if args.compile else model, args.steps + WARM_UP
+    device, accumulate, marks = settings.device, args.accumulate[-1], []
+    kind = "CUDA" if device.type == "cuda" else "CPU"
+    profiler = torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)])
+
+    def on_step(t, record):
+        marks.append(now(device))
+        if t in (WARM_UP - 1, steps - 1):  # all steps between them
+            between(marks[-1], marks[-1])  # waits for the device
+            profiler.start() if t < WARM_UP else profiler.stop()
+
+    tokens = torch.randint(model.config.vocab_size, (1 << 20,), device=device, dtype=torch.int32)
+    update = fast.Update()
+    hestia.train(model, tokens, steps=steps, batch_size=args.micro * accumulate, lr=1e-4, qat=qat,
+                 block_size=args.block_size, micro_batches=accumulate, update=update,
+                 on_step=on_step, log_every=steps)
+    update.flush()
+    whole, found = between(marks[WARM_UP - 1], marks[-1]) / args.steps, {}
+    for event in profiler.key_averages():
+        us = event.self_device_time_total if kind == "CUDA" else event.self_cpu_time_total
+        name = next((name for name, names in KINDS.items()
+                     if re.search(names, event.key, re.IGNORECASE)), "all else")
+        found[name] = found.get(name, 0.0) + 1e-3 * us / args.steps
+        if os.environ.get("KERNELS"):
+            print(f"{1e-3 * us / args.steps:9.3f} ms {event.count:6} {name:24} {event.key[:150]}")
+    found["nothing, or the profiler"] = whole - sum(found.values())
+    micro = f"a step of {args.micro} x {args.block_size} tokens x {accumulate}, by kernels"
+    return [{"setting": f"{about['setting']}, {micro}", "mode": name, "ms": ms,
+             "of_step": ms / whole} for name, ms in found.items()]
+
+
 def peak_memory(device):
     """Bytes: of the GPU, or of this process."""
     if device.type == "cuda":
@@ -301,6 +349,56 @@ def passes(qat, device, square, settings, copy_rate):
                            ("pull_back alone", pull, 8 + narrow),
                            ("both by a stacked softmax, eager", naive, 12 + 2 * narrow)):
         rows.append({"mode": mode, "ms": ms, "of_copy_rate": 1e-6 * n * size / ms / copy_rate})
+    return rows
+
+
+def watch(device):
+    """Begin to note a GPU's clock and power. Calling the result ends it: their medians, or {}."""
+    if device.type != "cuda":
+        return dict
+    which = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", "-i", which, "--query-gpu=clocks.sm,power.draw", "-lms", "500",
+               "--format=csv,noheader,nounits"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    def end():
+        child.terminate()
+        noted = re.findall(r"([\d.]+), ([\d.]+)", child.communicate()[0])
+        return dict(zip(("MHz", "watts"), np.median(np.float64(noted or [[0, 0]]), 0).tolist()))
+
+    return end
+
+
+def sustained(args, model, square):
+    """Products of random matrices without a pause: of the square, and all those of a micro-batch.
+    Medians of the second half, in which the clock has settled."""
+    device, dtype, tokens, pairs = square.device, square.dtype, args.micro * args.block_size, []
+    for layer in (*hestia.linear_layers(model).values(), model.lm_head):
+        w = layer.weight.detach().to(dtype)  # (m, n)
+        m, n = w.shape
+        x, dy = [torch.randn(tokens, size, device=device, dtype=dtype) for size in (n, m)]
+        pairs.append((w, x, dy))
+
+    def of_a_micro_batch():
+        for w, x, dy in pairs:
+            x @ w.T, dy @ w, dy.T @ x
+
+    flops = 6 * tokens * sum(w.numel() for w, _, _ in pairs)
+    rows = []
+    for mode, work, size in ((f"{len(square)}^3", lambda: square @ square, 2 * len(square) ** 3),
+                             ("those of a micro-batch", of_a_micro_batch, flops)):
+        marks, began, noted = [now(device)], time.perf_counter(), None
+        while (passed := time.perf_counter() - began) < args.seconds:
+            noted = noted or (passed > args.seconds / 2 and (len(marks), watch(device)))
+            work()
+            marks.append(now(device))
+            if device.type == "cuda" and len(marks) > 20:
+                marks[-20].synchronize()  # the host stays a little ahead
+        first, end = noted
+        more, laps = end(), [between(a, b) for a, b in zip(marks[first - 1:], marks[first:])]
+        ms = float(np.median(laps))
+        rows.append({"mode": f"products, {mode}, {args.seconds:g} s", "ms": ms,
+                     "tflops": 1e-9 * size / ms, **more})
     return rows
 
 

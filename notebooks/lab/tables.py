@@ -231,6 +231,10 @@ def print_bench(rows):
             "of the copy rate", "GiB"]
     forms = {"tokens_per_s": ".0f", "tflops": ".4g", "of_matrix_rate": ".1%",
              "of_copy_rate": ".1%", "GiB": ".2f"}
+    for key, form, name in (("of_step", ".1%", "of the step"), ("MHz", ".0f", "MHz"),
+                            ("watts", ".0f", "W")):
+        if any(key in row for row in rows):
+            head, forms = [*head, name], {**forms, key: form}
     for setting in dict.fromkeys(row["setting"] for row in rows):
         modes = {}  # {mode: {round: what was measured}}
         for row in rows:
