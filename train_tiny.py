@@ -76,6 +76,7 @@ class Config:
     intermediate: int = option(384, "width of the MLP")
     heads: int = option(4, "attention heads; half as many key-value heads", 2)
     clip: float = option(1.0, "largest gradient norm", 1e-9)
+    bos: bool = option(True, "with --llama: begin sequences with a token as its tokenizer does")
     distill: float = option(0.0, "weight of the KL to the full-precision model in the loss", 0, 1)
     eval_tokens: int = option(65536, "tokens of each split on which losses are taken; 0: all", 0)
     device: str = option("", "cpu, cuda, cuda:1, ...; default: a GPU if there is one")
@@ -123,10 +124,9 @@ def parse(arguments=None):
 
 def check(config):
     """Refuse what options alone show cannot work, in one sentence. Settle methods and device."""
-    for f in dataclasses.fields(Config):
-        value, (least, most) = getattr(config, f.name), f.metadata["range"]
+    for f, value in zip(dataclasses.fields(Config), vars(config).values()):
+        name, (least, most) = f.name.replace("_", "-"), f.metadata["range"]
         if f.type in (int, float) and not least <= value <= most:
-            name = f.name.replace("_", "-")
             raise ValueError(f"--{name} is {value}; expected a number from {least:g} to {most:g}")
     rare = config.val_data, config.llama, config.packed, config.gguf, config.device
     if any(rare) or config.sensitivity != "hutchpp" or config.heads % 2 or config.micro_batches > 1:

@@ -11,8 +11,9 @@ SOURCE is a folder of any of the three formats:
     Meta's   params.json, consolidated.00.pth          load
 
 The packed layout is compressed-tensors' "pack-quantized" with 2 bits, which transformers loads. At
-group size 128 it takes 2.125 bits per weight. With 4 bits vLLM loads it, too. gguf_file.py has what
-is said of GGUF. Nothing in a checkpoint is executed.
+group size 128 it takes 2.125 bits per weight. With 4 bits vLLM loads it, too. --mlx has
+mlx-lm's own layout, of 2.25 bits. gguf_file.py has what is said of GGUF. Nothing in a checkpoint is
+executed.
 """
 
 import argparse
@@ -63,12 +64,13 @@ def check_folder(folder, weights=True):
 
     weights=False: a config.json is enough.
     """
+    written = "a GGUF file, which is only written here, from the folder that it was made of"
     if not folder.is_dir():
         found = "is no folder" if folder.exists() else "does not exist"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
             found += f" here; if it is on the Hugging Face Hub: hf download {folder} --local-dir X"
         if folder.is_file() and folder.suffix == ".gguf":
-            found = "is a GGUF file, which is only written here"
+            found = f"is {written}"
         raise ValueError(f"{folder} {found}; expected a folder with config.json, model.safetensors")
     there = {file.name for file in folder.iterdir()}
     for name in sorted(there):
@@ -76,6 +78,10 @@ def check_folder(folder, weights=True):
             check_file(folder / name)
     if not {"config.json", "params.json"} & there:
         found = "holds no Llama" if there else "is empty"
+        if any(name.endswith(".gguf") for name in there):
+            found = f"holds {written}"
+        if any(name.startswith("models--") for name in there):
+            found = "is the Hub's cache; a model is in its models--OWNER--NAME/snapshots/"
         if "snapshots" in there:
             found = "is the Hub's cache of a model, which is in its snapshots/"
         if "adapter_config.json" in there:
@@ -211,14 +217,16 @@ def find_group_size(model):
                      "harden() leaves them")
 
 
-def save_packed(model, path, group_size=128, bits=2):
+def save_packed(model, path, group_size=128, bits=2, mlx=False):
     """Write a folder of two bits per linear weight, read it back and compare. Returns the path.
 
     group_size: weights that share a scale; None for one scale per row, which is written once for
     as many weights as divide all widths, since llama.cpp's converter reads nothing else. bits: of a
-    weight, 2 or 4; vLLM has no kernel for 2. All that is not a linear weight is as in
-    hestia.save_llama. The folder appears whole or not at all. FileExistsError if it holds
-    something; ValueError names a tensor that is not ternary in these groups.
+    weight, 2 or 4; vLLM has no kernel for 2. mlx: for mlx-lm instead, in groups of 128, 64 or 32,
+    where w = scale * code + bias is gamma * (t + 1) - gamma; load does not read it. All that is not
+    a linear weight is as in hestia.save_llama. The folder appears whole or not at all.
+    FileExistsError if it holds something; ValueError names a tensor that is not ternary in these
+    groups.
     """
     from safetensors.torch import load_file, save_file
 
@@ -227,6 +235,8 @@ def save_packed(model, path, group_size=128, bits=2):
         raise FileExistsError(f"{path} is not an empty folder; name another, or remove it")
     layers = hestia.linear_layers(model)
     group_size = group_size or math.gcd(*(layer.weight.shape[1] for layer in layers.values()))
+    if mlx:  # which has kernels for these groups only
+        group_size = next((g for g in (128, 64, 32) if group_size % g == 0), 32)
     for name, layer in layers.items():
         w = layer.weight.detach().cpu().float()
         try:
@@ -234,8 +244,13 @@ def save_packed(model, path, group_size=128, bits=2):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         narrow = gamma.bfloat16()  # exact after harden()
+        gamma = narrow if torch.equal(narrow.float(), gamma) else gamma
+        if mlx:  # each code is one less
+            packed |= {name + ".weight": (codes - 0x55555555).view(torch.uint32),
+                       name + ".scales": gamma, name + ".biases": -gamma}
+            continue
         packed[name + ".weight_packed"] = codes
-        packed[name + ".weight_scale"] = narrow if torch.equal(narrow.float(), gamma) else gamma
+        packed[name + ".weight_scale"] = gamma
         packed[name + ".weight_shape"] = torch.tensor(w.shape)
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +259,10 @@ def save_packed(model, path, group_size=128, bits=2):
         made = Path(aside) / path.name
         shutil.copytree(plain, made, ignore=shutil.ignore_patterns("*.safetensors"))
         config = read_json(plain / "config.json")
-        config["quantization_config"] = _quantization(group_size, bits)
+        if mlx:
+            config["quantization"] = {"group_size": group_size, "bits": 2}
+        else:
+            config["quantization_config"] = _quantization(group_size, bits)
         (made / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tensors = load_file(plain / "model.safetensors")
         for name in layers:
@@ -252,7 +270,14 @@ def save_packed(model, path, group_size=128, bits=2):
         save_file(tensors | packed, made / "model.safetensors", metadata={"format": "pt"})
         shutil.copymode(made / "config.json", made / "model.safetensors")  # others may read it
         del tensors, packed
-        _, written = _read_packed(made, config)
+        if mlx:
+            written = load_file(made / "model.safetensors")
+            for name, layer in layers.items():
+                codes = written[name + ".weight"].view(torch.int32) + 0x55555555
+                written[name + ".weight"] = unpack_ternary(
+                    codes, written[name + ".scales"], layer.weight.shape[1])
+        else:
+            _, written = _read_packed(made, config)
         for name, p in model.named_parameters():  # without a tied head
             if not torch.equal(written[name].float(), p.detach().cpu().float()):
                 raise RuntimeError(f"{name} reads back differently; {path} was not made")
@@ -465,6 +490,7 @@ def main(arguments=None):
     parser.add_argument("--packed", action="store_true", help="two bits per ternary weight")
     parser.add_argument("--bits", type=int, default=2, choices=(2, 4), help="with --packed: of a "
                         "weight; 4 for vLLM (default: 2)")
+    parser.add_argument("--mlx", action="store_true", help="with --packed: for mlx-lm")
     parser.add_argument("--group-size", type=int, metavar="G", help="with --packed: weights that "
                         "share a scale; 0: a scale per row (default: as the weights have it)")
     parser.add_argument("--gguf", action="store_true", help="one file for llama.cpp")
@@ -485,7 +511,7 @@ def main(arguments=None):
         elif options.packed:
             size = options.group_size
             size = find_group_size(model) if size is None else size or None
-            save_packed(model, options.target, size, options.bits)
+            save_packed(model, options.target, size, options.bits, options.mlx)
             chosen = f", {options.bits} bits each in groups of {size or 'a row'}"
         else:
             hestia.save_llama(model, options.target)

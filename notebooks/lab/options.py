@@ -17,7 +17,7 @@ import torch
 
 import hestia
 import train_tiny
-from notebooks.lab import checkpoints
+from notebooks.lab import checkpoints, texts
 
 SENSITIVITIES = "hutchpp", "joint", "fisher", "gradnorm", "error"
 
@@ -87,7 +87,8 @@ def load_once(folder):
 
 def llama(config):
     """A copy of the Llama in config.llama, which is read once for all seeds and methods."""
-    return copy.deepcopy(load_once(config.llama)).to(config.device)
+    model = copy.deepcopy(load_once(config.llama)).to(config.device)
+    return texts.begin(model, texts.first_token(config.llama) if config.bos else None)
 
 
 def save(config, name, model, path, entry, tokens):

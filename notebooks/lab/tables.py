@@ -294,6 +294,10 @@ def show(path, *others):
         from notebooks.lab import zeroshot  # late: it imports this file
 
         zeroshot.print_scores(found["scores"])
+    elif "consumers" in found:
+        from notebooks.lab import consumers  # late: it is rarely wanted
+
+        consumers.print_rows(found["consumers"])
     elif "models" in found:
         from notebooks.lab import measures  # late: it imports this file
 

@@ -91,6 +91,38 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+def first_token(folder):
+    """The token that a tokenizer.json puts before each text, such as Llama 3's, or None."""
+    file = Path(folder) / "tokenizer.json"
+    with checkpoints.one_sentence(folder):
+        after = file.exists() and checkpoints.read_json(file).get("post_processor")
+        for step in after.get("processors", [after]) if after else ():
+            first = step["single"][0] if step["type"] == "TemplateProcessing" else {}
+            if "SpecialToken" in first:
+                return step["special_tokens"][first["SpecialToken"]["id"]]["ids"][0]
+
+
+def begin(model, token):
+    """Let a Llama see this token in place of each sequence's first, if it is not None. Returns it.
+
+    A text is cut anywhere, and engines begin each with this token: so should the sequences of a
+    training. Targets stay. It is a hook, which copies of the model keep and folders do not.
+
+    >>> import torch
+    >>> begin(torch.nn.Identity(), 1)(torch.tensor([[5, 6, 7], [8, 9, 8]]))
+    tensor([[1, 6, 7],
+            [1, 9, 8]])
+    """
+    def put(_, inputs):
+        ids = inputs[0].clone()  # (B, T)
+        ids[:, 0] = token
+        return ids, *inputs[1:]
+
+    if token is not None:
+        model.register_forward_pre_hook(put)
+    return model
+
+
 def pieces(text, tokenizer):
     """Cut a text. Returns [(a piece, how many of its first tokens do not belong to the text)].
 

@@ -17,6 +17,7 @@ import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_options import damage
@@ -116,6 +117,32 @@ def test_four_bits_are_read_alike_by_us_and_by_transformers(tmp_path):
     ids = torch.randint(0, 96, (1, 100), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert (theirs(ids).logits - again(ids)).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("group_size, found", [(256, 128), (64, 64), (32, 32)])
+def test_mlx_has_our_weights_and_our_logits(group_size, found, tmp_path):
+    model = ternary_llama(group_size, hidden_size=256, intermediate_size=256)
+    folder = hestia.save_llama(model, tmp_path / "plain")
+    checkpoints.main([str(folder), str(tmp_path / "mlx"), "--packed", "--mlx"])
+    stored = safetensors.load_file(tmp_path / "mlx" / "model.safetensors")
+    config = json.loads((tmp_path / "mlx" / "config.json").read_text("utf-8"))
+    assert config["quantization"] == {"group_size": found, "bits": 2}
+    ours = {name: layer.weight for name, layer in hestia.linear_layers(model).items()}
+    for name, w in ours.items():  # bits by numpy, scale * code + bias in float32
+        bits = np.unpackbits(stored[name + ".weight"].numpy().view(np.uint8), bitorder="little")
+        code = (bits[::2] + 2.0 * bits[1::2]).reshape(-1, found)
+        scale, bias = (stored[name + end].float().numpy().reshape(-1, 1)
+                       for end in (".scales", ".biases"))
+        assert np.array_equal((scale * code + bias).reshape(w.shape), w.detach().numpy())
+    with pytest.raises(ValueError, match="not ternary in groups of 32"):
+        checkpoints.save_packed(ternary_llama(16), tmp_path / "fine", 16, mlx=True)
+
+    mx, utils = pytest.importorskip("mlx.core"), pytest.importorskip("mlx_lm.utils")
+    theirs, _ = utils.load_model(tmp_path / "mlx")
+    ids = torch.randint(0, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    logits = theirs(mx.array(ids.numpy())).astype(mx.float32)
+    with torch.no_grad():
+        assert np.abs(np.array(logits) - model(ids).numpy()).max() < 2e-4
 
 
 def test_the_group_size_is_found_in_the_weights():
@@ -545,6 +572,10 @@ SENTENCES = {  # what the sentence says: what is done to a plain folder
         emptied(p, "config.json", "model.safetensors"), (p / "tokenizer.model").touch()),
     "plain is the Hub's cache of a model, which is in its snapshots/": lambda p: (
         emptied(p, "config.json", "model.safetensors"), (p / "snapshots").mkdir()),
+    "plain is the Hub's cache; a model is in its models--OWNER--NAME/snapshots/": lambda p: (
+        emptied(p, "config.json", "model.safetensors"), (p / "models--org--Some-1B").mkdir()),
+    "plain holds a GGUF file, which is only written here, from the folder that it was": lambda p: (
+        emptied(p, "config.json", "model.safetensors"), (p / "a.gguf").touch()),
     "plain is an adapter, which peft's merge_and_unload puts into its model; expected": lambda p: (
         emptied(p, "config.json", "model.safetensors"), (p / "adapter_config.json").touch()),
     "plain has no model.safetensors; copy or download model.safetensors again":
@@ -582,7 +613,7 @@ def test_each_wrong_folder_gets_its_own_sentence(said, plain):
 def test_names_on_the_hub_are_not_taken_for_folders(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.gguf").touch()
-    with pytest.raises(ValueError, match=r"^a.gguf is a GGUF file, which is only written here; e"):
+    with pytest.raises(ValueError, match=r"^a.gguf is a GGUF file, which is only written here, f"):
         checkpoints.load("a.gguf")
     with pytest.raises(ValueError, match=r"Hub: hf download org/Some-1.5B --local-dir X"):
         checkpoints.load("org/Some-1.5B")

@@ -21,6 +21,10 @@ tokenizers = pytest.importorskip("tokenizers")
 SHARED = Path(hestia.__file__).resolve().parent.parent / "shared"
 WIDE = dict(hidden_size=768, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2,
             num_hidden_layers=1)
+NAMES = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+         "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+         "ffn_down": "mlp.down_proj"}
+HEADS = {"attn_q": 4, "attn_k": 2}
 TEXT = "Once upon a time, there were 12345 cats' dogs!  Two\n\n spaces, an é and 日本."
 
 
@@ -29,12 +33,10 @@ def by_hand(w, kind):
     data = np.asarray(w["data"])
     if kind != "Q2_0":
         return gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind]).reshape(w["shape"])
-    values = []
-    for block in data.reshape(-1, 18):
-        scale = float(np.frombuffer(block[:2].tobytes(), "<f2")[0])
-        values += [scale * ((int(byte) >> shift & 3) - 1)
-                   for byte in block[2:] for shift in (0, 2, 4, 6)]
-    return np.array(values, "f4").reshape(w["shape"])
+    block = np.frombuffer(data.tobytes(), [("scale", "<f2"), ("codes", "u1", 16)])
+    low, high = np.unpackbits(block["codes"], bitorder="little").reshape(-1, 64, 2).T  # (64, n)
+    t = low.astype("f4") + 2 * high - 1
+    return (t * block["scale"].astype("f4")).T.reshape(w["shape"])
 
 
 def contents(path, monkeypatch):
@@ -82,16 +84,13 @@ def test_each_type_read_by_another_reader_has_our_weights(kind, changes, tmp_pat
     found, keys = contents(path, monkeypatch)
     read = lambda name: torch.tensor(by_hand(found[name], found[name]["type"]))
     ours = dict(model.named_parameters())
-    names = {"attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj",
-             "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-             "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-    heads, count = {"attn_q": 4, "attn_k": 2}, 3 + (not model.config.tie_word_embeddings)
-    for theirs, name in names.items():
+    count = 3 + (not model.config.tie_word_embeddings)
+    for theirs, name in NAMES.items():
         for ending in ("weight", "bias"):
             w = ours.get(f"model.layers.0.{name}.{ending}")
             if w is None:
                 continue
-            w = interleaved(w, heads[theirs]) if theirs in heads else w
+            w = interleaved(w, HEADS[theirs]) if theirs in HEADS else w
             tensor = f"blk.0.{theirs}.{ending}"
             assert torch.equal(read(tensor), w), tensor
             assert found[tensor]["type"] == (kind if ending == "weight" else "F32")
@@ -119,6 +118,32 @@ def test_each_type_read_by_another_reader_has_our_weights(kind, changes, tmp_pat
     assert (keys["llama.attention.head_count"], keys["llama.attention.head_count_kv"],
             keys["llama.rope.dimension_count"]) == (4, 2, 192)
     assert keys["tokenizer.ggml.model"] == "none"  # this model has no folder
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("size", range(16, 385, 16))
+def test_every_group_size_is_exact_or_refused(size, tied, tmp_path, monkeypatch):
+    width = size * (4 if size <= 192 else 2)
+    shape = {**WIDE, "hidden_size": width, "intermediate_size": width}
+    model = ternary_llama(size, tie_word_embeddings=tied, **shape)
+    ours = dict(model.named_parameters())
+    for kind, block in {"TQ2_0": 256, "TQ1_0": 256, "Q2_0": 64, "BF16": 1}.items():
+        path = tmp_path / f"{kind}.gguf"
+        if size % block:
+            with pytest.raises(ValueError, match=r"--type \w+ would do"):
+                gguf_file.save_gguf(model, path, kind)
+            assert not path.exists()
+            continue
+        gguf_file.save_gguf(model, path, kind)
+        found, _ = contents(path, monkeypatch)
+        for theirs, name in NAMES.items():
+            w, there = ours[f"model.layers.0.{name}.weight"], found[f"blk.0.{theirs}.weight"]
+            w = interleaved(w, HEADS[theirs]) if theirs in HEADS else w
+            assert there["type"] == kind and torch.equal(torch.tensor(by_hand(there, kind)), w)
+        head = found.get("output.weight", found["token_embd.weight"])
+        w = ours["model.embed_tokens.weight" if tied else "lm_head.weight"]
+        assert torch.equal(torch.tensor(by_hand(head, head["type"])), w)
+        assert ("output.weight" in found) is not tied
 
 
 def test_the_weights_choose_the_type_and_a_refusal_names_another(tmp_path):

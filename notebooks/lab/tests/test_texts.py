@@ -1,6 +1,7 @@
 """texts.py against the tokenizers package on the whole text, and what it refuses."""
 
 import builtins
+import copy
 import json
 import os
 import random
@@ -11,12 +12,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import hestia
-from notebooks.lab import texts
+from notebooks.lab import options, texts
 
 tokenizers = pytest.importorskip("tokenizers")
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers  # noqa: E402
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing  # noqa: E402
 
 ROOT = Path(hestia.__file__).resolve().parent
 STORIES = ROOT.parent / "shared" / "checkpoints" / "stories260k" / "tokenizer.json"
@@ -192,6 +195,51 @@ def test_what_cannot_be_used_is_refused_in_a_sentence(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "__import__", missing)
         refused(folder, "pip install '.[llama]'", error=ImportError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_token_is_the_tokenizers(kind, tmp_path):
+    """In Llama 3's it is one of several steps after the merges. Ours had none until it is put."""
+    tokenizer = trained(kind)
+    if kind != "stories260K":
+        assert texts.first_token(folder_with(tokenizer, tmp_path)) is None
+        template = TemplateProcessing("<s> $A", special_tokens=[("<s>", 700)])
+        steps = [ByteLevel(trim_offsets=False), template]
+        tokenizer.post_processor = Sequence(steps) if kind == "Llama 3" else template
+    (expected,) = tokenizer.encode("").ids
+    assert texts.first_token(folder_with(tokenizer, tmp_path)) == expected
+    assert texts.first_token(tmp_path / "nowhere") is None
+    (tmp_path / "tokenizer.json").write_text('{"post_processor": {"type": "TemplateProcessing"}}')
+    with pytest.raises(ValueError, match="is damaged, or holds no Llama"):
+        texts.first_token(tmp_path)
+
+
+def test_a_llama_that_begins_with_a_token_sees_it_and_its_copies_do(tmp_path):
+    torch.manual_seed(0)
+    model = hestia.Llama(hestia.LlamaConfig(
+        vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1))
+    x, y = torch.randint(2, 16, (2, 3, 5))  # (B, T) each
+    begun = torch.cat([torch.ones(3, 1, dtype=torch.long), x[:, 1:]], 1)
+    loss = lambda model, x: model(x, y).item()
+    expected, plain, kept = loss(model, begun), loss(model, x), x.clone()
+    assert loss(texts.begin(model, None), x) == plain != expected
+    texts.begin(model, 1)
+    for one in (model, copy.deepcopy(model)):
+        assert loss(one, x) == expected and torch.equal(x, kept)
+    assert loss(hestia.load_llama(hestia.save_llama(model, tmp_path / "a")), x) == plain
+
+
+def test_a_run_begins_sequences_as_the_tokenizer_does(tmp_path):
+    source = STORIES.parent
+    if not source.exists():
+        pytest.skip("needs stories260K beside the repository")
+    ids = torch.randint(3, 512, (1, 9))
+    begun, plain = [options.llama(SimpleNamespace(llama=str(source), device="cpu", bos=bos))
+                    for bos in (True, False)]
+    found, before = begun(ids), plain(ids)
+    ids[0, 0] = 1
+    assert torch.equal(found, plain(ids)) and not torch.equal(found, before)
 
 
 def test_a_text_is_a_file(tmp_path):
