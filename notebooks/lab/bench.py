@@ -36,20 +36,27 @@ import hestia
 from notebooks.lab import fast, parallel
 
 MODES = ("full", "absmean", "hestia", "naive", "plain", "passes", "products", "rate", "profile")
-SHAPES = {
-    "tiny": dict(vocab_size=256, hidden_size=128, intermediate_size=384, num_hidden_layers=3,
-                 num_attention_heads=4, num_key_value_heads=2, rope_theta=10000.0),
-    "1b": dict(),
+def small(width, intermediate, layers):
+    return dict(vocab_size=256, hidden_size=width, intermediate_size=intermediate,
+                num_hidden_layers=layers, num_attention_heads=width // 32,
+                num_key_value_heads=width // 64, rope_theta=10000.0)
+
+
+SHAPES = {  # tiny: train_tiny.py's default, 0.6 M weights in linear layers
+    "tiny": small(128, 384, 3), "0.1m": small(64, 192, 2), "1.7m": small(192, 512, 4),
+    "8m": small(384, 1024, 5), "1b": dict(),
     "3b": dict(hidden_size=3072, num_hidden_layers=28, num_attention_heads=24),
 }
 KINDS = {  # of kernels and operators, by their names; the first that fits
-    "attention": "flash|fmha|attention|sdpa",
+    "attention": "flash|fmha|attention|sdpa|cudnn::fusion",
     "matrix products": "nvjet|gemm|cutlass|xmma|::mm|::addmm|::bmm",
-    "AdamW": "adam",
-    "norms of gradients": "norm_?kernel|lpnorm|norm_functor|::linalg_vector_norm|NormOps",
-    "sums of micro-batches": "functor.*add|::add_$",
-    "relax and pull_back": "copysign|exp2|sign",
+    "AdamW": "adam|FusedOptimizer",
+    "relax and pull_back": "copysign|exp2|softquantize",
     "the loss": "softmax|nll|logsumexp",
+    "SwiGLU": "silu",
+    "RMSNorm, and sums of branches": "rms_norm|rsqrt|::mean|MeanBackward|::pow|PowBackward",
+    "sums of micro-batches": "functor.*add|::add_$",
+    "norms of gradients": "LpNorm|lpnorm|NormTwoOps|vector_norm",
 }
 WARM_UP = 6  # steps that are not timed: the first five, and the last, which is logged
 
@@ -72,7 +79,7 @@ def options():
         return number
 
     integer, flag = dict(type=above_zero(int)), dict(action=argparse.BooleanOptionalAction)
-    add("llama", "tiny", "tiny, 1b or 3b (random weights), or a Hugging Face folder")
+    add("llama", "tiny", f"{', '.join(SHAPES)} (random weights), or a Hugging Face folder")
     add("modes", MODES[:-2], "which of them", nargs="+", choices=MODES, metavar="MODE")
     add("micro", 8 if cuda else 32, "sequences per micro-batch", **integer)
     add("accumulate", [1, 4], "micro-batches per step and process", nargs="+", **integer)
@@ -278,6 +285,11 @@ def training(args, model, qat, settings, about):
     return rows
 
 
+def kind_of(kernel):
+    return next((kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE)),
+                "all else")
+
+
 def profile(args, model, qat, settings, about):
     """Milliseconds of a step by kinds of kernels, or of operators; the last of `accumulate`."""
     model, steps = torch.compile(model) if args.compile else model, args.steps + WARM_UP
@@ -300,11 +312,8 @@ def profile(args, model, qat, settings, about):
     whole, found = between(marks[WARM_UP - 1], marks[-1]) / args.steps, {}
     for event in profiler.key_averages():
         us = event.self_device_time_total if kind == "CUDA" else event.self_cpu_time_total
-        name = next((name for name, names in KINDS.items()
-                     if re.search(names, event.key, re.IGNORECASE)), "all else")
+        name = kind_of(event.key)
         found[name] = found.get(name, 0.0) + 1e-3 * us / args.steps
-        if os.environ.get("KERNELS"):
-            print(f"{1e-3 * us / args.steps:9.3f} ms {event.count:6} {name:24} {event.key[:150]}")
     found["nothing, or the profiler"] = whole - sum(found.values())
     micro = f"a step of {args.micro} x {args.block_size} tokens x {accumulate}, by kernels"
     return [{"setting": f"{about['setting']}, {micro}", "mode": name, "ms": ms,

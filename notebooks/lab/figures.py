@@ -24,7 +24,7 @@ from matplotlib.ticker import NullFormatter
 
 import hestia
 import plots
-from notebooks.lab import activations, laws, rivals, tables
+from notebooks.lab import activations, bench, laws, rivals, tables
 from notebooks.lab.curvature import spearman
 from plots import BLACK, BLUE, DOTS, GREY, LOOKS, RED, SPLITS, STYLE, finish, panels
 
@@ -743,6 +743,36 @@ def foretold(results, ax=None):
     return finish(ax, title, xlabel, legend="center left", inches=6, bbox_to_anchor=(1, 0.5))
 
 
+def step_growth(rows, ax=None):
+    """Milliseconds of a training step against the weights in linear layers, of bench.py's small
+    shapes: medians of the rounds, with the least and the largest."""
+    (ax,) = panels(ax, 1, (7, 3.8))
+    found, size = {}, {}
+    for row in rows:
+        shape = next((shape for shape in bench.SHAPES if f", {shape}," in row["setting"]), None)
+        if shape and row["mode"] in ("full", "absmean", "hestia"):
+            found.setdefault(row["mode"], {}).setdefault(shape, []).append(row["ms"])
+    for shape in found["full"]:
+        model = hestia.Llama(hestia.LlamaConfig(**bench.SHAPES[shape]))
+        size[shape] = sum(layer.weight.numel() for layer in hestia.linear_layers(model).values())
+    x = sorted(size.values())
+    for mode, shapes in found.items():
+        each = [np.array(shapes[shape]) for shape in sorted(shapes, key=size.get)]
+        middle = np.array([np.median(ms) for ms in each])
+        ends = [[m - ms.min(), ms.max() - m] for m, ms in zip(middle, each)]
+        ax.errorbar(x, middle, yerr=np.transpose(ends), capsize=4, **STYLE[mode])
+    over = [np.median(np.divide(found["hestia"][shape], found["full"][shape])) for shape in size]
+    ax.set(xscale="log", yscale="log")
+    ax.set_xticks(x, [f"{n / 1e6:.1f} M" for n in x])
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    title = (f"On a CPU HESTIA's step takes {min(over):.2f} to {max(over):.2f} of full "
+             f"precision's, from {x[0] / 1e6:.1f} M to {x[-1] / 1e6:.1f} M weights")
+    return finish(ax, title, "weights in linear layers (bar: least and largest of the rounds)",
+                  "ms a step of 4,096 tokens", legend="upper left")
+
+
+FIGURES["step_growth"] = (of_study(step_growth, "bench-cpu.json"),
+                          "what a step costs on a CPU, by size", "notebooks/results/bench-cpu.json")
 FIGURES["best_share"] = lambda run: laws.shares(), "CO-QAT's share of quantized training", ""
 FIGURES["jumps"] = (lambda run: activations.jumps(),
                     "activations: all levels, and what two neighbours would do", "")

@@ -7,7 +7,7 @@ All options of train_tiny.py hold here too. The same command goes on with a stud
 interrupted. With --lrs each method gets the rate at which its hard weights lose least on the last
 2.5 % of the training text, with a seed of its own. Nothing else uses either. A variant such as
 hestia:alpha=0.6 has the rate of what it varies. With --tune only these rows are tried; another row
-takes the rate of the first of them that has a temperature, or has none, as it does.
+takes the rate of the first of them but full that has a temperature, or has none, as it does.
 """
 
 import argparse
@@ -91,8 +91,9 @@ def parse(arguments):
     config = Config(**vars(train_tiny.parse(others)), ablate=tuple(own.ablate), lrs=tuple(own.lrs),
                     tune=tuple(own.tune))
     config.methods, config.out = chosen_rows(config), config.out or "out/study"
-    soft = lambda rows: {is_soft(row) for row in rows}
-    if config.tune and (not {*config.tune} <= {*ROWS} or soft(config.tune) != soft(config.methods)):
+    others = {is_soft(row) for row in config.methods if row.partition(":")[0] not in config.tune}
+    known = {is_soft(row) for row in config.tune if row != "full"}  # full's rate is its own
+    if config.tune and not ({*config.tune} <= {*ROWS} and others <= known):
         raise ValueError("--tune takes names of rows, with a temperature and without as --methods")
     if not all(0 < lr < math.inf for lr in config.lrs) or own.workers < 0:
         raise ValueError("--lrs are rates above 0, and --workers is a number of processes")
@@ -179,7 +180,8 @@ class Study:
         stem = name.partition(":")[0]
         if not self.config.tune or stem in self.config.tune:
             return stem
-        return next(row for row in self.config.tune if is_soft(row) == is_soft(name))
+        return next(row for row in self.config.tune
+                    if row != "full" and is_soft(row) == is_soft(name))
 
     def tries(self, name):
         """{rate: file of the try} of the row that chooses a row's rate."""

@@ -223,37 +223,43 @@ def print_bench(rows):
 
     def cell(values, form):
         if not values:
-            return "-"
+            return ""
         ends = f" [{min(values):{form}}, {max(values):{form}}]" if len(values) > 1 else ""
         return f"{np.median(values):{form}}{ends}"
 
-    head = ["ms", "over full precision", "tokens/s", "model TFLOP/s", "of the matrix rate",
-            "of the copy rate", "GiB"]
-    forms = {"tokens_per_s": ".0f", "tflops": ".4g", "of_matrix_rate": ".1%",
-             "of_copy_rate": ".1%", "GiB": ".2f"}
-    for key, form, name in (("of_step", ".1%", "of the step"), ("MHz", ".0f", "MHz"),
-                            ("watts", ".0f", "W")):
-        if any(key in row for row in rows):
-            head, forms = [*head, name], {**forms, key: form}
+    head = {"": "", "ms": "ms", "over": "over full precision", "of_step": "of the step",
+            "tokens_per_s": "tokens/s", "tflops": "model TFLOP/s", "of_held": "of the held rate",
+            "of_matrix_rate": "of the matrix rate", "of_copy_rate": "of the copy rate",
+            "GiB": "GiB", "MHz": "MHz", "watts": "W"}
+    forms = {"ms": ".2f", "over": ".3f", "tokens_per_s": ".0f", "tflops": ".4g", "GiB": ".2f",
+             "MHz": ".0f", "watts": ".0f"}  # others are shares
+    held = {row["setting"]: row["tflops"] for row in rows if row["mode"].startswith("products, ")
+            and "^3" in row["mode"]}  # of each machine, by lab/bench.py's mode "rate"
     for setting in dict.fromkeys(row["setting"] for row in rows):
+        rate = next((held[machine] for machine in held if setting.startswith(machine + ", ")), None)
         modes = {}  # {mode: {round: what was measured}}
         for row in rows:
             if row["setting"] == setting:
                 modes.setdefault(row["mode"], {})[row["round"]] = row
         full, ours = modes.get("full", {}), modes.get("hestia", {})
-        print(f"\n{setting}\n\n| | " + " | ".join(head) + " |\n|" + "---|" * (len(head) + 1))
-        compared = []
+        lines, compared = [], []
         for mode, rounds in modes.items():
             name = MODES.get(mode, mode)
             ms = {turn: row["ms"] for turn, row in rounds.items()}
-            over = [ms[turn] / full[turn]["ms"] for turn in ms if turn in full]
-            line = [name, cell(list(ms.values()), ".2f"), cell(over, ".3f")]
-            for key, form in forms.items():
-                line.append(cell([row[key] for row in rounds.values() if key in row], form))
-            print("| " + " | ".join(line) + " |")
+            for turn, row in rounds.items():
+                more = {"over": ms[turn] / full[turn]["ms"]} if turn in full else {}
+                if rate and "tflops" in row:
+                    more["of_held"] = row["tflops"] / rate
+                rounds[turn] = row | more
+            lines.append([name])
+            for key in [*head][1:]:
+                values = [row[key] for row in rounds.values() if key in row]
+                lines[-1].append(cell(values, forms.get(key, ".1%")))
             times = [ours[turn]["ms"] / ms[turn] for turn in ms if turn in ours]
             if times and mode != "hestia":
                 compared.append(f"{cell(times, '.3f')} times {name}")
+        print(f"\n{setting}\n")
+        print_columns([*head.values()], lines)
         if compared:
             print("\nHESTIA's step takes " + "; ".join(compared))
 

@@ -59,6 +59,40 @@ def test_a_step_of_hestia_is_measured(settings, capsys):
     assert 0 < row["of_matrix_rate"] < 1 and row["GiB"] > 0.1
 
 
+def test_the_rates_that_a_device_holds(settings, capsys):
+    found = worker(capsys, "--worker", "rate", "--seconds", "0.3")
+    square, all_ = found.values()
+    assert list(found) == ["products, 1024^3, 0.3 s", "products, those of a micro-batch, 0.3 s"]
+    assert square["tflops"] == pytest.approx(1e-9 * 2 * 1024**3 / square["ms"])
+    # by hand: three products each, of 16 tokens; the weights are those of the test above
+    matrices = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 384) + 128 * 256
+    assert all_["tflops"] == pytest.approx(1e-9 * 6 * 16 * matrices / all_["ms"])
+
+
+def test_a_step_by_kinds_of_kernels_is_the_whole_step(settings, capsys):
+    found = worker(capsys, "--worker", "profile", "--steps", "2")
+    assert {"matrix products", "attention", "AdamW", "relax and pull_back", "the loss", "SwiGLU"
+            } < found.keys() <= {*bench.KINDS, "all else", "nothing, or the profiler"}
+    assert sum(row["of_step"] for row in found.values()) == pytest.approx(1)
+    whole = {row["ms"] / row["of_step"] for row in found.values()}
+    assert max(whole) == pytest.approx(min(whole)) and min(whole) > 1
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NTT", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26", "attention"),
+    ("triton_per_fused__to_copy_abs_add_clamp_div_exp2_mean_mul_neg_pow", "relax and pull_back"),
+    ("triton_red_fused__fused_rms_norm__to_copy_embedding_0", "RMSNorm, and sums of branches"),
+    ("void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata<4>>", "AdamW"),
+    ("triton_poi_fused__unsafe_view_mul_silu_7", "SwiGLU"),
+    ("void reduce_kernel<512, 1, ReduceOp<float, NormTwoOps<float>, unsigned int>>",
+     "norms of gradients"),
+    ("Memset (Device)", "all else"),
+])
+def test_kernels_are_told_apart_by_their_names(name, kind):
+    assert bench.kind_of(name) == kind
+
+
 @pytest.mark.parametrize("bad", ["--modes magic", "--steps 0", "--accumulate 4 -1", "--tau nan",
                                  "--gpus two"])
 def test_bad_options_are_one_sentence(bad, capsys):

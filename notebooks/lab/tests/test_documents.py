@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_the_snippets_of_the_readme_run():
     pytest.importorskip("transformers")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    loop, guidance, method, _ = re.findall(r"```python\n(.*?)```", readme, re.S)
+    loop, guidance, method = re.findall(r"```python\n(.*?)```", readme, re.S)
     scope = {}
     torch.manual_seed(0)  # of some models of noise no trace is positive, which is an error
     exec(loop, scope)

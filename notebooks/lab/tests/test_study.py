@@ -89,7 +89,7 @@ def test_rows_that_are_asked_for():
 
 
 def test_rows_take_the_rates_of_others():
-    line = "--lrs 1 2 --methods absmean twn full leak hestia:rho=0.0 --tune absmean full hestia"
+    line = "--lrs 1 2 --methods absmean twn full leak hestia:rho=0.0 --tune full absmean hestia"
     config, _, _ = study.parse(line.split())
     some = study.Study.__new__(study.Study)
     some.config = config
@@ -101,6 +101,8 @@ def test_rows_take_the_rates_of_others():
     for tune in ("absmean", "absmean magic", "hestia"):
         with pytest.raises(ValueError, match="--tune takes names of rows, with a temperature and"):
             study.parse(f"--methods twn leak --tune {tune}".split())
+    with pytest.raises(ValueError, match="--tune takes names"):  # full's rate is for no other
+        study.parse(["--methods", "full", "twn", "--tune", "full"])
 
 
 def test_best_rate_by_hand():
