@@ -661,10 +661,10 @@ def test_traces_of_a_tiny_llama_against_the_dense_hessian():
 @pytest.fixture(scope="module")
 def curved():
     """Of a trained tiny Llama: sizes of the quantized tensors, their gradient, exact Hessian."""
-    # text of 40 words, the first the most frequent: Python's own source differs between versions
+    # text of 200 words, the first the most frequent: Python's own source differs between versions
     generator = torch.Generator().manual_seed(0)
-    words = [torch.randint(1, 32, (n,), generator=generator) for n in (2, 3, 4, 5, 6) * 8]
-    drawn = torch.multinomial(1 / torch.arange(1.0, 41), 10_000, True, generator=generator)
+    words = [torch.randint(1, 32, (n,), generator=generator) for n in (2, 3, 4, 5, 6) * 40]
+    drawn = torch.multinomial(1 / torch.arange(1.0, 201), 10_000, True, generator=generator)
     text = torch.cat([torch.cat([words[k], torch.zeros(1).long()]) for k in drawn.tolist()])
     # in float64, or 250 steps make another model of every rounding that differs between machines
     model = h.Llama(dataclasses.replace(tiny_llama().config, vocab_size=32)).double()
