@@ -99,8 +99,7 @@ PRESETS = {  # what each changes. paper: Table 5; bring more text than the defau
 
 ROWS = {  # a line of the table: arguments of Hestia. notebooks/lab/rivals.py has other methods
     "full": dict(method="full"), "absmean": dict(method="absmean"),
-    "hestia-no-hessian": dict(alpha=0.0),
-    "hestia": dict(),
+    "hestia-no-hessian": dict(alpha=0.0), "hestia": dict(),
 }
 
 
@@ -124,9 +123,10 @@ def parse(arguments=None):
 
 def check(config):
     """Refuse what options alone show cannot work, in one sentence. Settle methods and device."""
-    for f, value in zip(dataclasses.fields(Config), vars(config).values()):
-        name, (least, most) = f.name.replace("_", "-"), f.metadata["range"]
+    for f in dataclasses.fields(Config):
+        value, (least, most) = getattr(config, f.name), f.metadata["range"]
         if f.type in (int, float) and not least <= value <= most:
+            name = f.name.replace("_", "-")
             raise ValueError(f"--{name} is {value}; expected a number from {least:g} to {most:g}")
     rare = config.val_data, config.llama, config.packed, config.gguf, config.device
     if any(rare) or config.sensitivity != "hutchpp" or config.heads % 2 or config.micro_batches > 1:

@@ -36,6 +36,8 @@ import hestia
 from notebooks.lab import fast, parallel
 
 MODES = ("full", "absmean", "hestia", "naive", "plain", "passes", "products", "rate", "profile")
+
+
 def small(width, intermediate, layers):
     return dict(vocab_size=256, hidden_size=width, intermediate_size=intermediate,
                 num_hidden_layers=layers, num_attention_heads=width // 32,
@@ -373,7 +375,8 @@ def watch(device):
     def end():
         child.terminate()
         noted = re.findall(r"([\d.]+), ([\d.]+)", child.communicate()[0])
-        return dict(zip(("MHz", "watts"), np.median(np.float64(noted or [[0, 0]]), 0).tolist()))
+        middle = np.median(np.float64(noted), 0).tolist() if noted else []
+        return dict(zip(("MHz", "watts"), middle))
 
     return end
 
@@ -392,22 +395,24 @@ def sustained(args, model, square):
         for w, x, dy in pairs:
             x @ w.T, dy @ w, dy.T @ x
 
-    flops = 6 * tokens * sum(w.numel() for w, _, _ in pairs)
-    rows = []
-    for mode, work, size in ((f"{len(square)}^3", lambda: square @ square, 2 * len(square) ** 3),
-                             ("those of a micro-batch", of_a_micro_batch, flops)):
-        marks, began, noted = [now(device)], time.perf_counter(), None
-        while (passed := time.perf_counter() - began) < args.seconds:
-            noted = noted or (passed > args.seconds / 2 and (len(marks), watch(device)))
+    def repeated(work, seconds):
+        """Milliseconds of each time. The host stays a little ahead of the device."""
+        marks, began = [now(device)], time.perf_counter()
+        while len(marks) == 1 or time.perf_counter() - began < seconds:
             work()
             marks.append(now(device))
             if device.type == "cuda" and len(marks) > 20:
-                marks[-20].synchronize()  # the host stays a little ahead
-        first, end = noted
-        more, laps = end(), [between(a, b) for a, b in zip(marks[first - 1:], marks[first:])]
-        ms = float(np.median(laps))
+                marks[-20].synchronize()
+        return [between(a, b) for a, b in zip(marks, marks[1:])]
+
+    flops, rows = 6 * tokens * sum(w.numel() for w, _, _ in pairs), []
+    for mode, work, size in ((f"{len(square)}^3", lambda: square @ square, 2 * len(square) ** 3),
+                             ("those of a micro-batch", of_a_micro_batch, flops)):
+        repeated(work, args.seconds / 2)
+        end = watch(device)
+        ms = float(np.median(repeated(work, args.seconds / 2)))
         rows.append({"mode": f"products, {mode}, {args.seconds:g} s", "ms": ms,
-                     "tflops": 1e-9 * size / ms, **more})
+                     "tflops": 1e-9 * size / ms, **end()})
     return rows
 
 
